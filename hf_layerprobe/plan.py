@@ -1,0 +1,207 @@
+"""Which layers go, and why: a plan that can be read, checked, stored and replayed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .activations import batches
+from .errors import LayerProbeError, PruningError
+from .files import write_atomically
+from .scores import LayerScores, score_layers
+from .scores.loss import held_out_losses
+from .stacks import LayerStack, resolve_stack
+
+FILE_NAME = "pruning_plan.json"
+# What `by="auto"` measures against each other: cheap rules, each with its own blind spot.
+AUTO_RULES = ("avss-relative", "influence", "docs", "last")
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The layers to keep and to remove, 0-based indices of the original model, with the reason.
+
+    Attributes:
+        stack: Path of the stack.
+        num_layers: Layers in the original stack.
+        remove: Layers that go, ascending.
+        keep: Layers that stay, ascending.
+        by: The rule: a score's name, "auto" or "explicit".
+        scores: The score behind the choice (`LayerScores.to_dict()`), if there was one.
+        candidates: For "auto": every plan that was measured, with its held-out loss in nats a token.
+        model: Class and type of the model that the plan was made for.
+        versions: Versions of the packages that made it.
+    """
+
+    stack: str
+    num_layers: int
+    remove: tuple[int, ...]
+    keep: tuple[int, ...]
+    by: str
+    scores: dict[str, Any] = field(default_factory=dict)
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    model: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stack}: remove {len(self.remove)} of {self.num_layers} layers by {self.by} "
+            f"(0-based): remove {list(self.remove)}, keep {list(self.keep)}"
+        )
+
+    def checksum(self) -> str:
+        """SHA-256 of the plan's content."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "checksum": self.checksum()}, indent=2) + "\n"
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the plan to a file, or as `pruning_plan.json` into an existing folder."""
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        write_atomically(path, self.to_json())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Reads a plan from a file, or from the folder of a pruned model.
+
+        Raises:
+            LayerProbeError: Not a plan, or one that was changed after it was written.
+        """
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise LayerProbeError(f"No pruning plan at {path}.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            checksum = content.pop("checksum")
+            plan = cls(**{**content, "remove": tuple(content["remove"]), "keep": tuple(content["keep"])})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LayerProbeError(f"{path} is not a pruning plan ({type(error).__name__}: {error}).") from error
+        if plan.checksum() != checksum:
+            raise LayerProbeError(
+                f"{path} was changed after it was written: its checksum is {checksum[:12]}…, its content gives "
+                f"{plan.checksum()[:12]}…. Make the plan again instead of editing it."
+            )
+        return plan
+
+
+def plan_pruning(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    ratio: float | None = None,
+    num_layers: int | None = None,
+    remove: Iterable[int] | None = None,
+    keep: Iterable[int] | None = None,
+    by: str = "auto",
+    stack: str | LayerStack | None = None,
+    tokenizer=None,
+    **options: Any,
+) -> PruningPlan:
+    """Decides which layers to remove. Exactly one of `ratio`, `num_layers`, `remove` and `keep` says how many.
+
+    Args:
+        model: The model; left as it was.
+        data: Calibration data for scores that need it; see [`score_layers`]. `by="auto"` needs a list of texts.
+        ratio: Share of the layers to remove, rounded down: a quarter of 30 layers is 7.
+        num_layers: Number of layers to remove.
+        remove: Indices (0-based) of the layers to remove; negative ones count from the end.
+        keep: Indices of the layers to keep.
+        by: A registered score, whose least important layers go; or "auto", which makes a plan by each of several cheap
+            rules, measures every plan on the half of the texts that it was not made from, and takes the best.
+        stack: Path of the stack; the main one by default.
+        tokenizer: Needed for texts.
+        options: Options of [`score_layers`].
+
+    Raises:
+        PruningError: Nothing or everything would be removed, an index is out of range, or the request is ambiguous.
+        LayerProbeError: Unknown score, or data that is missing or unusable.
+    """
+    found = resolve_stack(model, stack)
+    total = found.num_layers
+    removed = _requested(total, ratio, num_layers, remove, keep)
+    scores, candidates = None, []
+    if not isinstance(removed, int):
+        by = "explicit"
+    elif by == "auto":
+        removed, scores, candidates = _best_of(found, data, removed, tokenizer, options)
+    else:
+        scores = score_layers(model, data, by=by, stack=found, tokenizer=tokenizer, **options)
+        removed, by = scores.least_important(removed), scores.name
+    return PruningPlan(
+        stack=found.path,
+        num_layers=total,
+        remove=tuple(removed),
+        keep=tuple(i for i in range(total) if i not in set(removed)),
+        by=by,
+        scores=scores.to_dict() if scores else {},
+        candidates=candidates,
+        model={"class": type(model).__name__, "model_type": getattr(getattr(model, "config", None), "model_type", "")},
+        versions={name: version(name) for name in ("hf-layerprobe", "transformers", "torch")},
+    )
+
+
+def _requested(total: int, ratio, num_layers, remove, keep) -> int | list[int]:
+    """How many layers to remove, or which ones."""
+    given = {
+        name: value
+        for name, value in (("ratio", ratio), ("num_layers", num_layers), ("remove", remove), ("keep", keep))
+        if value is not None
+    }
+    if len(given) != 1:
+        raise PruningError(
+            f"Say how much to remove by exactly one of ratio, num_layers, remove and keep; got {', '.join(given) or 'none'}."
+        )
+    if ratio is not None:
+        if not 0 < ratio < 1:
+            raise PruningError(f"ratio is the share of layers to remove, between 0 and 1; got {ratio}.")
+        num_layers = int(ratio * total + 1e-9)
+        if num_layers == 0:
+            raise PruningError(f"ratio={ratio} of {total} layers is less than one layer; use at least {1 / total:.3f}.")
+    if num_layers is not None:
+        if not 0 < num_layers < total:
+            raise PruningError(f"num_layers to remove must be between 1 and {total - 1} of {total}; got {num_layers}.")
+        return num_layers
+    name, indices = ("remove", list(remove)) if remove is not None else ("keep", list(keep))
+    wrong = [i for i in indices if not isinstance(i, int) or isinstance(i, bool) or not -total <= i < total]
+    if wrong:
+        raise PruningError(f"{name}: layers {wrong} do not exist; the stack has layers 0 to {total - 1}.")
+    chosen = {i % total for i in indices}
+    if len(chosen) != len(indices):
+        raise PruningError(f"{name} names a layer twice: {indices}.")
+    removed = sorted(chosen) if remove is not None else [i for i in range(total) if i not in chosen]
+    if not removed:
+        raise PruningError(f"{name}={indices} removes no layer of {total}.")
+    if len(removed) == total:
+        raise PruningError(f"{name}={indices} removes all {total} layers; at least one must stay.")
+    return removed
+
+
+def _best_of(
+    stack: LayerStack, data: Any, number: int, tokenizer, options: dict[str, Any]
+) -> tuple[list[int], LayerScores, list[dict[str, Any]]]:
+    """The plan with the lowest loss on texts that no plan was made from."""
+    texts = list(data) if isinstance(data, (list, tuple)) else None
+    if not texts or len(texts) < 2 or not all(isinstance(text, str) for text in texts) or tokenizer is None:
+        raise LayerProbeError(
+            "by='auto' measures several plans on held-out text, so it needs data= as a list of at least two texts, and "
+            "tokenizer=. Without data, by='docs' ranks by the weights alone."
+        )
+    calibration, held_out = texts[::2], texts[1::2]
+    scores = score_layers(stack.model, calibration, by=AUTO_RULES, stack=stack, tokenizer=tokenizer, **options)
+    rows = list(batches(held_out, stack.model, tokenizer, **{k: v for k, v in options.items() if k != "max_tokens"}))
+    proposals = {name: score.least_important(number) for name, score in scores.items()}
+    losses = held_out_losses(stack, proposals, rows, max_tokens=options.get("max_tokens"))
+    candidates = [{"by": name, "remove": proposals[name], "held_out_loss": losses[name]} for name in proposals]
+    best = min(candidates, key=lambda candidate: candidate["held_out_loss"])
+    return best["remove"], scores[best["by"]], candidates

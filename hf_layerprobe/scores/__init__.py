@@ -1,0 +1,19 @@
+"""Scores of layers and of pairs of layers. Importing a module below registers its scores."""
+
+from . import baselines, influence, redundancy  # noqa: F401
+from .avss import avss
+from .docs import chance_level, docs, docs_similarity
+from .registry import SCORES
+from .results import LayerScores, SimilarityMatrix
+from .run import score_layers
+
+__all__ = [
+    "SCORES",
+    "LayerScores",
+    "SimilarityMatrix",
+    "avss",
+    "chance_level",
+    "docs",
+    "docs_similarity",
+    "score_layers",
+]

@@ -1,0 +1,49 @@
+"""Maximum-likelihood fit of the Gumbel (maximum) distribution, many samples at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+MAX_STEPS = 100
+
+
+def gumbel_location(samples: torch.Tensor) -> torch.Tensor:
+    """Location u of the Gumbel distribution that maximises the likelihood of each sample.
+
+    The scale β is the only root of g(β) = β − mean(s) + Σ s·e^(−s/β) / Σ e^(−s/β); g is increasing, with
+    g′ = 1 + Var_w(s)/β² for the weights w ∝ e^(−s/β), so Newton's method inside a shrinking bracket always arrives.
+    Then u = −β·ln mean(e^(−s/β)). A sample without spread has no scale; its location is its value.
+
+    Args:
+        samples: `[..., m]`, any floating dtype; the arithmetic is float64.
+
+    Returns:
+        `[...]`, float64.
+    """
+    if samples.device.type == "mps":  # no float64 there
+        samples = samples.cpu()
+    s = samples.double()
+    mean, low = s.mean(-1), s.amin(-1)
+    spread = s.amax(-1) - low
+    flat = spread <= 1e-12 * s.abs().amax(-1).clamp_min(1)
+    s = s - low[..., None]  # the likelihood does not care, and the exponentials stay within [0, 1]
+    shifted_mean = s.mean(-1)
+    # g(0+) < 0 and g(mean) >= 0 in shifted units, since the weighted mean is never negative.
+    lower, upper = torch.zeros_like(shifted_mean), shifted_mean.clamp_min(1e-300)
+    beta = (s.std(-1, correction=0) * math.sqrt(6) / math.pi).clamp_min(1e-300).minimum(upper)
+    for _ in range(MAX_STEPS):
+        weights = torch.softmax(-s / beta[..., None], -1)
+        weighted_mean = (weights * s).sum(-1)
+        variance = (weights * (s - weighted_mean[..., None]).square()).sum(-1)
+        g = beta - shifted_mean + weighted_mean
+        lower, upper = torch.where(g < 0, beta, lower), torch.where(g < 0, upper, beta)
+        step = beta - g / (1 + variance / beta.square())
+        step = torch.where((step > lower) & (step < upper), step, (lower + upper) / 2)
+        done = (step - beta).abs() <= 1e-13 * beta
+        beta = step
+        if bool((done | flat).all()):
+            break
+    location = low - beta * (torch.logsumexp(-s / beta[..., None], -1) - math.log(s.shape[-1]))
+    return torch.where(flat, mean, location)

@@ -1,0 +1,29 @@
+"""Redundancy of a layer from its weights: how much it resembles a neighbour (our own definition, on DOCS)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..stacks import LayerStack
+from .docs import docs
+from .registry import OURS, register
+
+
+def redundancy(stack: LayerStack, **options) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Excess DOCS similarity to the more similar neighbour, averaged over the kinds of matrices."""
+    similarity = docs(stack.model, stack=stack, **options)
+    per_kind = {}
+    for kind in similarity.kinds:
+        excess = similarity.excess(kind)
+        padded = np.pad(np.diagonal(excess, offset=1), 1, constant_values=np.nan)  # neighbours of layer i: i, i + 1
+        per_kind[kind] = np.fmax(padded[:-1], padded[1:])
+    return np.nanmean(list(per_kind.values()), axis=0), per_kind
+
+
+register(
+    "docs",
+    redundancy,
+    source=f"{OURS}, on DOCS, arXiv 2501.16650",
+    higher_is_more_important=False,
+    needs_data=False,
+)

@@ -1,0 +1,93 @@
+"""Computes any registered scores; those that need activations share one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import numpy as np
+from torch import nn
+
+from ..activations import batches, run_pass
+from ..errors import LayerProbeError
+from ..stacks import LayerStack, resolve_stack
+from .registry import Score, get_score
+from .results import LayerScores
+
+ALIASES = {"avss": "avss-relative"}
+
+
+@overload
+def score_layers(model: nn.Module, data: Any = None, *, by: str = "avss", **options: Any) -> LayerScores: ...
+@overload
+def score_layers(
+    model: nn.Module, data: Any = None, *, by: Sequence[str], **options: Any
+) -> dict[str, LayerScores]: ...
+def score_layers(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    by: str | Sequence[str] = "avss",
+    stack: str | LayerStack | None = None,
+    tokenizer=None,
+    batch_size: int = 4,
+    max_length: int = 512,
+    pack: bool | None = None,
+    max_tokens: int | None = None,
+    **options: Any,
+) -> LayerScores | dict[str, LayerScores]:
+    """Scores every layer of a stack by one or several registered scores, with one pass over the data.
+
+    Args:
+        model: The model; run in eval mode and left as it was.
+        data: A list of texts or a `datasets.Dataset` with `tokenizer=`, or anything that yields model inputs (a list of
+            dicts of tensors, a `DataLoader`). Scores of the weights need none.
+        by: A registered name, or several: avss-relative (or avss for short), avss-published, avss-released, influence,
+            docs, last, random.
+        stack: Path of the stack; the main one by default.
+        tokenizer: Needed for texts.
+        batch_size: Sequences a batch, for texts and tokenised rows.
+        max_length: Tokens a sequence at most, for texts and tokenised rows.
+        pack: Join texts to full-length sequences; by default for decoder-only models.
+        max_tokens: Stop after this many tokens.
+        options: Options of the score, such as `eps`; only with a single score.
+
+    Returns:
+        The scores, or a dict by name when several were asked for.
+
+    Raises:
+        LayerProbeError: Unknown score, missing or empty data, weights not in memory, activations that are not finite.
+    """
+    names = [by] if isinstance(by, str) else list(by)
+    scores = [get_score(ALIASES.get(name, name)) for name in names]
+    if options and len(scores) != 1:
+        raise LayerProbeError(f"Options {sorted(options)} belong to one score; {len(scores)} were asked for.")
+    found = resolve_stack(model, stack)
+    results: dict[str, LayerScores] = {}
+    streamed = {
+        name: (score, score.make(found.num_layers, **options))
+        for name, score in zip(names, scores, strict=True)
+        if score.needs_data
+    }
+    used: dict[str, Any] = {}
+    if streamed:
+        if data is None:
+            raise LayerProbeError(
+                f"{', '.join(streamed)}: measured on activations, so data is needed (data=, tokenizer=)."
+            )
+        rows = batches(data, model, tokenizer, batch_size=batch_size, max_length=max_length, pack=pack)
+        used = run_pass(found, [accumulator for _, accumulator in streamed.values()], rows, max_tokens=max_tokens)
+    for name, score in zip(names, scores, strict=True):
+        values, details = streamed[name][1].compute() if name in streamed else score.make(found, **options)
+        results[name] = _result(score, values, details, found, used if name in streamed else {})
+    return results[by] if isinstance(by, str) else results
+
+
+def _result(score: Score, values: np.ndarray, details: dict, stack: LayerStack, used: dict[str, Any]) -> LayerScores:
+    bad = np.flatnonzero(~np.isfinite(values)).tolist()
+    if bad:
+        raise LayerProbeError(
+            f"{score.name} of layers {bad} ({stack.path}) is not finite: the weights or activations there hold NaN or "
+            "infinite values, or no token reached the layer. Check the weights, or run in float32 or bfloat16."
+        )
+    return LayerScores(score.name, values, score.higher_is_more_important, stack.path, score.source, details, used)

@@ -1,0 +1,165 @@
+"""Finds the repeated layers of any model by structure; the config is consulted only to rank them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..errors import LayerProbeError
+from .bind import ConfigBinding, bind
+
+
+@dataclass(eq=False)
+class LayerStack:
+    """One list of repeated layers inside a model.
+
+    Attributes:
+        model: The model that holds the stack.
+        path: Dotted module path of the list, such as `"model.layers"`.
+    """
+
+    model: nn.Module
+    path: str
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The live layers, in depth order."""
+        return self.model.get_submodule(self.path)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def binding(self) -> ConfigBinding:
+        """The config field that sets the number of layers.
+
+        Raises:
+            LayerProbeError: No field of the config, edited alone, changes the length of this stack alone.
+        """
+        return bind(self.model, self.path, self.num_layers)
+
+    @property
+    def config_path(self) -> str:
+        """Dotted path of that field, such as `"num_hidden_layers"` or `"text_config.num_hidden_layers"`."""
+        return self.binding.path
+
+    def __repr__(self) -> str:
+        return f"LayerStack(path={self.path!r}, num_layers={self.num_layers}, layer={type(self.layers[0]).__name__})"
+
+
+def find_stacks(model: nn.Module) -> list[LayerStack]:
+    """Finds every list of repeated layers, the main one first.
+
+    A stack is an `nn.ModuleList` of at least two layers of one family that hold matrices of their own. Lists inside a
+    layer (experts, the sublayers of a T5 block), convolutional feature extractors and lists of plain `torch.nn` modules
+    are not stacks. Stacks that belong to the text model come first, then the model's own order: the encoder of a
+    sequence-to-sequence model before its decoder, the language model of a vision-language model before its towers.
+
+    Args:
+        model: Any `PreTrainedModel`, or a module that wraps one.
+
+    Returns:
+        The stacks; an empty list for a model that has none (one shared layer, as in ALBERT, is not a stack).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"find_stacks expects a model (torch.nn.Module), got {type(model).__name__}.")
+    found = [path for path, module in _outermost_lists(model) if _is_stack(module)]
+    named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    hinted = [
+        path
+        for path in found
+        if all(
+            isinstance(layer, GradientCheckpointingLayer) or type(layer).__name__ in named
+            for layer in model.get_submodule(path)
+        )
+    ]
+    # Prediction heads and projections are repeated lists too; where Transformers marks the real layers, trust the mark.
+    paths = hinted or found
+    return [LayerStack(model, path) for path in sorted(paths, key=lambda path: not _in_text_model(model, path))]
+
+
+def resolve_stack(model: nn.Module, stack: str | LayerStack | None = None) -> LayerStack:
+    """The stack a caller means: the main one by default, else by path.
+
+    Raises:
+        LayerProbeError: The model has no stack, or none at that path.
+    """
+    if isinstance(stack, LayerStack):
+        # A stack found on another copy of the model names the same place in this one.
+        stack = stack.path
+    stacks = find_stacks(model)
+    if not stacks:
+        raise LayerProbeError(_why_no_stack(model))
+    if stack is None:
+        return stacks[0]
+    for candidate in stacks:
+        if candidate.path == stack:
+            return candidate
+    known = ", ".join(f"{s.path!r} ({s.num_layers} layers)" for s in stacks)
+    raise LayerProbeError(f"{type(model).__name__} has no stack {stack!r}; its stacks are {known}.")
+
+
+def _outermost_lists(module: nn.Module, prefix: str = ""):
+    """Every `ModuleList` path that is not inside a stack already found."""
+    for name, child in module.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(child, nn.ModuleList):
+            yield path, child
+            if _is_stack(child):
+                continue
+        yield from _outermost_lists(child, path)
+
+
+def _is_stack(layers: nn.Module) -> bool:
+    if len(layers) < 2 or any(type(layer).__module__.startswith("torch.nn") for layer in layers):
+        return False
+    one_family = len({type(layer) for layer in layers}) == 1 or all(
+        isinstance(layer, GradientCheckpointingLayer) for layer in layers
+    )
+    distinct = len({id(layer) for layer in layers}) == len(layers)
+    return one_family and distinct and all(_holds_matrices(layer) for layer in layers)
+
+
+def _holds_matrices(layer: nn.Module) -> bool:
+    """Whether the layer mixes features by matrices rather than by convolutions alone."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return any(
+        parameter.dim() >= 2
+        for module in layer.modules()
+        if not isinstance(module, convolutions)
+        for parameter in module.parameters(recurse=False)
+    )
+
+
+def _in_text_model(model: nn.Module, path: str) -> bool:
+    """Whether the nearest enclosing `PreTrainedModel` is configured by the model's text config."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return True
+    try:
+        text_class = type(config.get_text_config())
+    except ValueError:  # several text models (encoder and decoder of different kinds): none comes first
+        return True
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        owner = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(owner, PreTrainedModel):
+            return type(owner.config) is text_class
+    return True
+
+
+def _why_no_stack(model: nn.Module) -> str:
+    passes = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    reason = f"{type(model).__name__} has no repeated list of layers"
+    if isinstance(passes, int) and passes > 1:
+        return (
+            f"{reason}: its config counts {passes} layers, but they share their weights or are not kept in a ModuleList "
+            f"of two or more (ALBERT runs one layer {passes} times). There is nothing to compare or to remove; a model "
+            "that shares one layer is made shallower by lowering that count in its config."
+        )
+    return f"{reason} (a ModuleList of two or more layers of one kind); there is nothing to compare or to remove."

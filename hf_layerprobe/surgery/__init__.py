@@ -1,0 +1,5 @@
+"""Building the smaller model: a new config, a new model of the same class, the kept tensors moved, and a check."""
+
+from .prune import prune_layers
+
+__all__ = ["prune_layers"]

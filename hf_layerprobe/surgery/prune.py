@@ -1,0 +1,138 @@
+"""`prune_layers`: from a model and a plan to a smaller, plain Transformers model, in memory and on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from transformers import PreTrainedModel
+
+from ..errors import LayerProbeError, PruningError
+from ..files import check_new_folder, new_folder
+from ..loading import load_model
+from ..plan import PruningPlan, plan_pruning
+from ..stacks import LayerStack, resolve_stack
+from .build import build_pruned, own_tensors
+from .gate import verify as verify_pruned
+
+
+def prune_layers(
+    model: PreTrainedModel | str | Path,
+    plan: PruningPlan | None = None,
+    *,
+    remove: Iterable[int] | None = None,
+    keep: Iterable[int] | None = None,
+    ratio: float | None = None,
+    num_layers: int | None = None,
+    by: str = "auto",
+    data: Any = None,
+    stack: str | LayerStack | None = None,
+    tokenizer=None,
+    output_dir: str | Path | None = None,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    verify: bool = True,
+    **options: Any,
+) -> PreTrainedModel:
+    """Removes layers and returns a smaller, plain model of the same class; the given model is left as it was.
+
+    Args:
+        model: A model, or a folder or Hub id to load one from.
+        plan: A plan from [`plan_pruning`]; else the arguments of that function say what to remove.
+        remove: Layers to remove (0-based).
+        keep: Layers to keep (0-based).
+        ratio: Share of the layers to remove.
+        num_layers: Number of layers to remove.
+        by: The rule that chooses them.
+        data: Calibration data for the rule.
+        stack: Path of the stack; the main one by default.
+        tokenizer: For texts in `data`; also saved into `output_dir` when given.
+        output_dir: A new or empty folder for the model: config, safetensors, generation config, tokenizer and plan.
+            Written beside it and renamed when whole and verified.
+        push_to_hub: Upload that folder to the Hub in one commit; needs `repo_id` and `output_dir`.
+        repo_id: `"user/name"` on the Hub.
+        verify: Check that the model (reloaded from the folder, if there is one) computes what the original does with the
+            removed layers bypassed, and that it generates the same with its cache as without.
+        options: Options of [`score_layers`] for the rule.
+
+    Returns:
+        The pruned model, on the original's device, in its dtype and mode.
+
+    Raises:
+        PruningError: The kept set cannot be expressed, or the check failed; nothing is left in `output_dir`.
+        LayerProbeError: Unusable input.
+    """
+    if push_to_hub and not (repo_id and output_dir):
+        raise LayerProbeError("push_to_hub=True needs repo_id= ('user/name') and output_dir= (the folder to upload).")
+    if output_dir is not None:
+        check_new_folder(Path(output_dir))
+    if isinstance(model, (str, Path)):
+        model = load_model(model)
+    check_prunable(model)
+    if plan is None:
+        plan = plan_pruning(
+            model, data, ratio=ratio, num_layers=num_layers, remove=remove, keep=keep, by=by, stack=stack,
+            tokenizer=tokenizer, **options,
+        )  # fmt: skip
+    elif any(value is not None for value in (ratio, num_layers, remove, keep)):
+        raise PruningError("Pass a plan, or say what to remove; not both.")
+    found = resolve_stack(model, plan.stack)
+    if found.num_layers != plan.num_layers:
+        raise PruningError(
+            f"The plan was made for {plan.num_layers} layers in {plan.stack!r}; this model has {found.num_layers} there."
+        )
+    pruned = build_pruned(found, plan.keep)
+    if output_dir is None:
+        if verify:
+            verify_pruned(found, plan.remove, pruned)
+    else:
+        with new_folder(Path(output_dir)) as folder:
+            _save(pruned, folder, plan, tokenizer)
+            if verify:
+                reloaded = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True)
+                verify_pruned(found, plan.remove, reloaded.to(model.device))
+                del reloaded
+    own_tensors(pruned)
+    if push_to_hub:
+        api = HfApi()
+        repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=f"Remove layers {list(plan.remove)}")
+    return pruned
+
+
+def check_prunable(model: Any) -> None:
+    """Refuses what cannot be pruned whatever the plan is, before any heavy work.
+
+    Raises:
+        PruningError: Not a `PreTrainedModel`, weights not in memory, quantised weights, or injected adapters.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise PruningError(
+            f"prune_layers expects a transformers PreTrainedModel, got {name}. Merge a PEFT adapter first "
+            "(`model = model.merge_and_unload()`)."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PruningError(
+            f"{name} has weights on the meta device (offloaded to disk or CPU by a device_map, or built without weights). "
+            "Load it into memory without offloading before pruning."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise PruningError(f"{name} has adapters injected; merge or delete them before pruning.")
+    packed = next((n for n, p in model.named_parameters() if not p.is_floating_point()), None)
+    quantizer = getattr(model, "hf_quantizer", None)
+    # A GGUF file loaded the plain way leaves its quantizer behind on weights that are dense.
+    if packed or (quantizer is not None and "gguf" not in type(quantizer).__name__.lower()):
+        kind = type(quantizer).__name__ if quantizer is not None else f"{packed} is not floating point"
+        raise PruningError(f"{name} is quantised ({kind}); prune the unquantised model and quantise the result.")
+
+
+def _save(pruned: PreTrainedModel, folder: Path, plan: PruningPlan, tokenizer) -> None:
+    with torch.no_grad():
+        pruned.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    plan.save(folder)

@@ -1,0 +1,73 @@
+"""Which module of a layer holds which matrix: the naming conventions of Transformers in one table.
+
+The kinds are those of the DOCS paper (q, k, v, o, up, down) and the MLP's gate. Cross-attention is not among them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+MLP_KINDS = frozenset(("gate", "up", "down"))
+
+CROSS_ATTENTION = re.compile(r"cross_?att|encoder_attn|EncDecAttention|encoder_decoder", re.IGNORECASE)
+
+# (end of the module's name inside the layer, kinds it holds, how they are packed). The first match wins.
+# "rows": whole matrices one below the other; "heads": query, key and value rows alternate head by head;
+# "experts": one matrix for each expert in a 3-D parameter of that name.
+NAMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    (r"experts\.gate_up_proj", ("gate", "up"), "experts"),
+    (r"experts\.up_proj", ("up",), "experts"),
+    (r"experts\.down_proj", ("down",), "experts"),
+    (r"q_proj|q_lin|query|query_proj|SelfAttention\.q", ("q",), "rows"),
+    (r"k_proj|k_lin|key|key_proj|SelfAttention\.k", ("k",), "rows"),
+    (r"v_proj|v_lin|value|value_proj|SelfAttention\.v", ("v",), "rows"),
+    (r"c_attn|qkv_proj|qkv|Wqkv", ("q", "k", "v"), "rows"),
+    (r"query_key_value", ("q", "k", "v"), "heads"),
+    (
+        r"\w*(attn|attention)\.(o_proj|out_proj|out_lin|c_proj|dense|proj|Wo)|attention\.output\.dense|SelfAttention\.o",
+        ("o",),
+        "rows",
+    ),
+    (r"gate_up_proj", ("gate", "up"), "rows"),
+    (r"gate_proj|wi_0", ("gate",), "rows"),
+    (r"up_proj|fc1|c_fc|fc_in|dense_h_to_4h|intermediate\.dense|wi_1|wi|lin1", ("up",), "rows"),
+    (r"down_proj|fc2|mlp\.c_proj|fc_out|dense_4h_to_h|output\.dense|wo|lin2", ("down",), "rows"),
+)
+_PATTERNS = tuple((re.compile(rf"(^|\.)({name})$"), kinds, packing) for name, kinds, packing in NAMES)
+
+
+@dataclass(frozen=True)
+class NamedWeight:
+    """One parameter of a layer and the matrix kinds inside it.
+
+    Attributes:
+        owner: The module that holds the parameter (for `"experts"`, the module of all experts).
+        parameter: The parameter's name in that module.
+        kinds: The kinds it holds, in storage order.
+        packing: `"rows"`, `"heads"` or `"experts"`; see `NAMES`.
+    """
+
+    owner: nn.Module
+    parameter: str
+    kinds: tuple[str, ...]
+    packing: str
+
+
+def find_modules(layer: nn.Module) -> list[NamedWeight]:
+    """The named matrices of one layer, in module order."""
+    found = []
+    for name, parameter in layer.named_parameters():
+        is_matrix = parameter.dim() == 2 and name.endswith(".weight")
+        if not (is_matrix or parameter.dim() == 3) or CROSS_ATTENTION.search(name):
+            continue
+        owner, _, attribute = name.rpartition(".")
+        target = owner if is_matrix else name
+        for pattern, kinds, packing in _PATTERNS:
+            if pattern.search(target) and (packing == "experts") == (not is_matrix):
+                found.append(NamedWeight(layer.get_submodule(owner), attribute, kinds, packing))
+                break
+    return found
