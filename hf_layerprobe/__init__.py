@@ -3,7 +3,8 @@
 from .errors import LayerProbeError, PruningError
 from .evaluation import Comparison, Evaluation, evaluate_model
 from .plan import PruningPlan, plan_pruning
-from .scores import LayerScores, SimilarityMatrix, avss, docs, docs_similarity, score_layers
+from .probe import LayerProbe
+from .scores import LayerScores, SimilarityMatrix, avss, docs, docs_similarity, eavss, score_layers
 from .stacks import LayerStack, find_stacks
 from .surgery import prune_layers
 
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Comparison",
     "Evaluation",
+    "LayerProbe",
     "LayerProbeError",
     "LayerScores",
     "LayerStack",
@@ -21,6 +23,7 @@ __all__ = [
     "avss",
     "docs",
     "docs_similarity",
+    "eavss",
     "evaluate_model",
     "find_stacks",
     "plan_pruning",

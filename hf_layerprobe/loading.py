@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import transformers
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import LayerProbeError
 
 
 def load_model(name_or_path: str | Path) -> PreTrainedModel:
@@ -13,10 +15,19 @@ def load_model(name_or_path: str | Path) -> PreTrainedModel:
 
     Args:
         name_or_path: A local folder, or a Hub id (the only case that may use the network).
+
+    Raises:
+        LayerProbeError: The config names no class, or one that Transformers does not have.
+        OSError: No such folder or Hub id.
     """
     config = AutoConfig.from_pretrained(name_or_path)
-    names = config.architectures or []
-    model_class = getattr(transformers, names[0], AutoModel) if names else AutoModel
+    name = (config.architectures or [""])[0]
+    model_class = getattr(transformers, name, None) if name else None
+    if model_class is None:
+        raise LayerProbeError(
+            f"The config of {str(name_or_path)!r} names {name or 'no class'!r} under architectures, which Transformers does "
+            "not have. Load the model with its own class and pass the model."
+        )
     return model_class.from_pretrained(name_or_path, dtype="auto")
 
 

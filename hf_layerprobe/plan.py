@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -173,10 +174,10 @@ def _requested(total: int, ratio, num_layers, remove, keep) -> int | list[int]:
             raise PruningError(f"num_layers to remove must be between 1 and {total - 1} of {total}; got {num_layers}.")
         return num_layers
     name, indices = ("remove", list(remove)) if remove is not None else ("keep", list(keep))
-    wrong = [i for i in indices if not isinstance(i, int) or isinstance(i, bool) or not -total <= i < total]
+    wrong = [i for i in indices if not hasattr(i, "__index__") or isinstance(i, bool) or not -total <= i < total]
     if wrong:
         raise PruningError(f"{name}: layers {wrong} do not exist; the stack has layers 0 to {total - 1}.")
-    chosen = {i % total for i in indices}
+    chosen = {operator.index(i) % total for i in indices}
     if len(chosen) != len(indices):
         raise PruningError(f"{name} names a layer twice: {indices}.")
     removed = sorted(chosen) if remove is not None else [i for i in range(total) if i not in chosen]

@@ -29,7 +29,7 @@ FAMILIES = {
         tf.T5ForConditionalGeneration,
         lambda: tf.T5Config(
             d_model=32, d_kv=8, d_ff=48, num_layers=4, num_decoder_layers=5, num_heads=4, vocab_size=64,
-            feed_forward_proj="gated-gelu",
+            feed_forward_proj="gated-gelu", decoder_start_token_id=0,
         ),
     ),
     "bart": (

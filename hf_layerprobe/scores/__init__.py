@@ -3,6 +3,7 @@
 from . import baselines, influence, redundancy  # noqa: F401
 from .avss import avss
 from .docs import chance_level, docs, docs_similarity
+from .eavss import eavss
 from .registry import SCORES
 from .results import LayerScores, SimilarityMatrix
 from .run import score_layers
@@ -15,5 +16,6 @@ __all__ = [
     "chance_level",
     "docs",
     "docs_similarity",
+    "eavss",
     "score_layers",
 ]

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..activations import RunningStatistics
 from ..errors import LayerProbeError
+from ..precision import widest
 from ..stacks import LayerStack
 from .registry import OURS, register
 from .results import LayerScores
@@ -37,8 +38,9 @@ class PooledAVSS:
     def update(self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
         after = after.float()
         if self.relative:
-            before = before.float()
-            rms = before.square().mean(-1, keepdim=True).sqrt()  # [batch, tokens, 1]
+            # float64: in float32 the rounding of the stream moves values across eps, and their share is small.
+            before = before.to(widest(before.device))
+            rms = torch.linalg.vector_norm(before, dim=-1, keepdim=True) / before.shape[-1] ** 0.5  # [batch, tokens, 1]
             after = (after - before) / rms.clamp_min(torch.finfo(torch.float32).tiny)
         variances, means = torch.var_mean(after, dim=-1, correction=0)  # [batch, tokens]
         small = (after.abs() < self.eps).sum(-1)
@@ -83,8 +85,11 @@ def avss_from(
     The released code does not divide variance and sparsity by their sums over layers first; the normalised form is the
     same either way.
     """
-    scores = (variance / variance.sum()) / (sparsity / sparsity.sum()) if normalise else variance / sparsity
-    normalised = scores / scores.sum()
+    # A layer that is not finite stays so alone, so that it can be named.
+    scores = variance / sparsity
+    if normalise:
+        scores = (variance / np.nansum(variance)) / (sparsity / np.nansum(sparsity))
+    normalised = scores / np.nansum(scores)
     return scores, {
         "variance": variance,
         "sparsity": sparsity,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import LayerProbeError
+from ..precision import widest
 from ..progress import progress
 from ..stacks import LayerStack, resolve_stack
 from ..weights import KINDS, read_matrices
@@ -138,12 +139,8 @@ def _unit_vectors(matrix: torch.Tensor, axis: str) -> torch.Tensor:
         raise LayerProbeError(f"axis is 'out' (rows) or 'in' (columns), got {axis!r}.")
     rows = matrix.detach() if axis == "out" else matrix.detach().T
     # float64 norms: a float32 sum of squares overflows above 1e19 and loses small vectors.
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=_widest(rows))
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=widest(rows.device))
     return torch.where(norms > 0, rows / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0).float().contiguous()
-
-
-def _widest(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def _best_matches(X: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

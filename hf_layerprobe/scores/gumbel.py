@@ -22,9 +22,7 @@ def gumbel_location(samples: torch.Tensor) -> torch.Tensor:
     Returns:
         `[...]`, float64.
     """
-    if samples.device.type == "mps":  # no float64 there
-        samples = samples.cpu()
-    s = samples.double()
+    s = samples.to("cpu" if samples.device.type == "mps" else samples.device).double()
     mean, low = s.mean(-1), s.amin(-1)
     spread = s.amax(-1) - low
     flat = spread <= 1e-12 * s.abs().amax(-1).clamp_min(1)

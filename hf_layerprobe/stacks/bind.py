@@ -19,7 +19,7 @@ from .config_edit import edited_config
 
 COUNT_NAME = re.compile(r"layer|depth|block")
 
-_bindings: dict[tuple[type, str, str], ConfigBinding] = {}
+_bindings: dict[tuple[type, str, int, str], ConfigBinding] = {}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def bind(model: nn.Module, path: str, num_layers: int) -> ConfigBinding:
             f"{type(model).__name__} is not a transformers PreTrainedModel, so it has no config to edit. Pass the model "
             "inside it; merge a PEFT adapter first with `model.merge_and_unload()`."
         )
-    key = (type(model), path, model.config.to_json_string(use_diff=False))
+    key = (type(model), path, num_layers, model.config.to_json_string(use_diff=False))
     if key not in _bindings:
         _bindings[key] = _probe(model, path, num_layers)
     return _bindings[key]
@@ -75,9 +75,9 @@ def _probe(model: PreTrainedModel, path: str, num_layers: int) -> ConfigBinding:
         except Exception as error:  # whatever a config validator or a constructor raises only rules this field out
             tried.append(f"{binding.path} ({type(error).__name__}: {error})")
             continue
-        changed = {name for name, length in _list_lengths(probe).items() if lengths.get(name) != length}
-        outside = sorted(name for name in changed if not _same_place(name, path))
-        if path in changed and not outside:
+        found = _list_lengths(probe)
+        changed = {name for name, length in found.items() if lengths.get(name) != length}
+        if found.get(path) == len(keep) and all(_same_place(name, path) for name in changed):
             return binding
         tried.append(f"{binding.path} (changes {', '.join(sorted(changed)) or 'no list'})")
     raise LayerProbeError(

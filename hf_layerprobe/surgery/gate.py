@@ -37,6 +37,11 @@ def verify(stack: LayerStack, removed: Sequence[int], pruned: PreTrainedModel) -
         with torch.no_grad():
             with bypassed(stack, removed):
                 expected = _float_outputs(original(**inputs))
+            if not all(torch.isfinite(tensor).all() for tensor in expected):
+                raise PruningError(
+                    f"{type(original).__name__} itself gives NaN or infinite outputs with layers {list(removed)} bypassed; "
+                    "check its weights."
+                )
             found = _float_outputs(pruned(**inputs))
             difference = _largest_difference(expected, found)
             limit = TOLERANCE.get(original.dtype, 1e-4)
@@ -72,7 +77,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     tokens = lambda: torch.randint(3, max(vocabulary, 4), (2, TOKENS), generator=generator)  # noqa: E731
     if name == "input_ids" and vocabulary:
-        inputs = {"input_ids": tokens()}
+        inputs = {"input_ids": tokens(), "attention_mask": torch.ones((2, TOKENS), dtype=torch.long)}
     elif name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
         size, channels = config.image_size, getattr(config, "num_channels", 3)
         inputs = {"pixel_values": torch.rand((2, channels, size, size), generator=generator, dtype=torch.float32)}
@@ -127,6 +132,7 @@ def _cache_agrees(model: PreTrainedModel, inputs: dict[str, torch.Tensor], limit
                     num_beams=1,
                     min_new_tokens=NEW_TOKENS,
                     max_new_tokens=NEW_TOKENS,
+                    pad_token_id=0,  # never used: no sequence ends before the others
                     return_dict_in_generate=True,
                     output_logits=True,
                 )

@@ -1,0 +1,91 @@
+"""`LayerProbe`: the library's functions as methods of a model, by mixin or attached to one that exists."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from . import plan as planning
+from . import scores, surgery
+from .plan import PruningPlan
+from .scores import LayerScores, SimilarityMatrix
+from .stacks import LayerStack, find_stacks
+
+
+class LayerProbe:
+    """Mixin that adds layer scores and pruning to any `PreTrainedModel`; every method forwards to a function.
+
+    As a mixin, `class MyModel(LayerProbe, LlamaForCausalLM)`, or on a model that exists, `LayerProbe.attach(model)`.
+    """
+
+    def find_stacks(self) -> list[LayerStack]:
+        """See [`hf_layerprobe.find_stacks`]."""
+        return find_stacks(self)
+
+    def docs(self, **options: Any) -> SimilarityMatrix:
+        """See [`hf_layerprobe.docs`]."""
+        return scores.docs(self, **options)
+
+    def avss(self, data: Any, **options: Any) -> LayerScores:
+        """See [`hf_layerprobe.avss`]."""
+        return scores.avss(self, data, **options)
+
+    def eavss(self, pairs: Any, tokenizer: Any, **options: Any) -> LayerScores:
+        """See [`hf_layerprobe.eavss`]."""
+        return scores.eavss(self, pairs, tokenizer, **options)
+
+    def score_layers(self, data: Any = None, **options: Any) -> LayerScores | dict[str, LayerScores]:
+        """See [`hf_layerprobe.score_layers`]."""
+        return scores.score_layers(self, data, **options)
+
+    def plan_pruning(self, data: Any = None, **options: Any) -> PruningPlan:
+        """See [`hf_layerprobe.plan_pruning`]."""
+        return planning.plan_pruning(self, data, **options)
+
+    def prune_layers(self, plan: PruningPlan | None = None, **options: Any) -> PreTrainedModel:
+        """See [`hf_layerprobe.prune_layers`]; the new model has these methods too."""
+        return surgery.prune_layers(self, plan, **options)
+
+    @staticmethod
+    def attach(model: PreTrainedModel) -> PreTrainedModel:
+        """Adds the methods to a model in place and returns it.
+
+        The model's class becomes a subclass of the one it had, with the same name and module, so that saved configs,
+        `isinstance`, copying and pickling work as before.
+
+        Raises:
+            TypeError: Not a `PreTrainedModel`.
+        """
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"LayerProbe attaches to a transformers PreTrainedModel, got {type(model).__name__}.")
+        if not isinstance(model, LayerProbe):
+            model.__class__ = _attached_class(type(model))
+        return model
+
+    @staticmethod
+    def detach(model: PreTrainedModel) -> PreTrainedModel:
+        """Gives an attached model back the exact class it had; any other model is returned as it is."""
+        if isinstance(model, _Attached):
+            model.__class__ = type(model).__bases__[1]
+        return model
+
+
+class _Attached(LayerProbe):
+    """Marks the classes made by `attach`, which pickle as their original class plus the act of attaching."""
+
+    def __reduce_ex__(self, protocol):
+        _, (_, *rest), *state = super().__reduce_ex__(max(int(protocol), 2))
+        return _new_attached, (type(self).__bases__[1], *rest), *state
+
+
+@cache
+def _attached_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    names = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(model_class.__name__, (_Attached, model_class), names)
+
+
+def _new_attached(model_class: type[PreTrainedModel], *rest: Any) -> PreTrainedModel:
+    attached = _attached_class(model_class)
+    return attached.__new__(attached, *rest)

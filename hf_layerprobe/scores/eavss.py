@@ -1,0 +1,160 @@
+"""EAVSS: which layers react differently to hallucinated than to factual answers (after arXiv 2411.10069)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..activations import LayerStream
+from ..errors import LayerProbeError
+from ..progress import progress
+from ..stacks import LayerStack, resolve_stack
+from .registry import OURS
+from .results import LayerScores
+
+SOURCE = f"{OURS}, after EAVSS, arXiv 2411.10069"
+COLUMNS = ("prompt", "factual", "hallucinated")
+
+
+class SequenceMoments:
+    """Count, sum, sum of squares and number of small values of the layers' relative updates, sequence by sequence.
+
+    Kept apart for each sequence, so that pairs can be resampled; `tokens` says which tokens of the next batch count.
+    """
+
+    def __init__(self, num_layers: int, eps: float):
+        self.eps = eps
+        self.tokens: torch.Tensor | None = None  # [batch, tokens]
+        self.layers: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
+
+    def update(self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
+        before, after = before.double(), after.double()
+        rms = before.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        update = (after - before) / rms
+        weight = self.tokens.to(update.device).double()  # [batch, tokens]
+        sums = [torch.full_like(update[..., 0], update.shape[-1]), update.sum(-1), update.square().sum(-1)]
+        sums.append((update.abs() < self.eps).double().sum(-1))
+        self.layers[layer].append(torch.stack([(part * weight).sum(1) for part in sums], -1).cpu())  # [batch, 4]
+
+    def moments(self) -> np.ndarray:
+        """`[sequences, layers, 4]`."""
+        return np.stack([torch.cat(parts).numpy() for parts in self.layers], axis=1)
+
+
+def eavss(
+    model: PreTrainedModel,
+    pairs: Iterable[Mapping[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    eps: float = 0.05,
+    stack: str | LayerStack | None = None,
+    batch_size: int = 8,
+    max_length: int = 512,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> LayerScores:
+    """How differently each layer treats hallucinated and factual answers to the same prompts (our own definition).
+
+    After the enhanced AVSS of arXiv 2411.10069, whose formulas were not readable. On the layer's update in units of the
+    stream, over the answer's tokens only: HSAV_i = |σ²_i(hallucinated) − σ²_i(factual)| and HSS_i = |s_i(hallucinated) −
+    s_i(factual)| with s the share of values below `eps`, each divided by its sum over layers; EAVSS_i = HSAV_i / HSS_i.
+    The difference of two noisy variances is often noise, so it comes with a paired bootstrap interval.
+
+    Args:
+        model: A decoder-only language model; run in eval mode and left as it was.
+        pairs: Rows with `prompt`, `factual` and `hallucinated`, such as a `datasets.Dataset`.
+        tokenizer: The model's tokenizer.
+        eps: Threshold of inactivity, in units of the stream.
+        stack: Path of the stack; the main one by default.
+        batch_size: Sequences a batch.
+        max_length: Tokens a sequence; longer prompts lose their beginning, never the answer.
+        resamples: Bootstrap resamples of the pairs.
+        confidence: Coverage of the interval.
+        seed: Of the bootstrap.
+
+    Returns:
+        Scores, higher reacts more; `details` has `hsav`, `hss`, the signed `variance_difference` with `low` and `high`,
+        and `covers_zero`, 1 for each layer whose interval covers zero.
+
+    Raises:
+        LayerProbeError: Fewer than two pairs, a missing column, an empty answer, or values that are not finite.
+    """
+    found = resolve_stack(model, stack)
+    rows = list(pairs)
+    if len(rows) < 2:
+        raise LayerProbeError(f"eavss needs at least two pairs to compare, got {len(rows)}.")
+    for index, row in enumerate(rows):
+        missing = [name for name in COLUMNS if not isinstance(row, Mapping) or not isinstance(row.get(name), str)]
+        if missing:
+            raise LayerProbeError(f"Pair {index} has no text under {missing}; expected {list(COLUMNS)}.")
+    sequences = [
+        _answer_tokens(row["prompt"], row[kind], tokenizer, max_length) for kind in COLUMNS[1:] for row in rows
+    ]
+    moments = _measure(found, sequences, eps, batch_size, getattr(tokenizer, "pad_token_id", None) or 0)
+    factual, hallucinated = moments[: len(rows)], moments[len(rows) :]  # [pairs, layers, 4]
+    variance, sparsity = _differences(factual.sum(0), hallucinated.sum(0))
+    draws = np.random.default_rng(seed).integers(0, len(rows), (resamples, len(rows)))
+    resampled = [_differences(factual[draw].sum(0), hallucinated[draw].sum(0))[0] for draw in draws]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
+    smallest = 1 / moments[..., 0].sum(0)  # the smallest difference in shares that this many values can show
+    hsav, hss = np.abs(variance), np.maximum(np.abs(sparsity), smallest)
+    values = (hsav / max(hsav.sum(), np.finfo(float).tiny)) / (hss / hss.sum())
+    if not np.isfinite(values).all():
+        raise LayerProbeError("eavss is not finite: the model's activations hold NaN or infinite values.")
+    details = {
+        "hsav": hsav,
+        "hss": hss,
+        "variance_difference": variance,
+        "low": low,
+        "high": high,
+        "covers_zero": ((low <= 0) & (high >= 0)).astype(float),
+    }
+    used: dict[str, Any] = {"pairs": len(rows), "eps": eps, "confidence": confidence}
+    return LayerScores("eavss", values, False, found.path, SOURCE, details, used)
+
+
+def _answer_tokens(prompt: str, answer: str, tokenizer, max_length: int) -> tuple[list[int], int]:
+    """Token ids of prompt and answer, and how many at the end are the answer."""
+    before = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
+    ids = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"][:max_length]
+    if not ids:
+        raise LayerProbeError(f"An answer to {prompt[:60]!r} has no tokens.")
+    room = max_length - len(ids)
+    return (before[-room:] if room else []) + ids, len(ids)
+
+
+def _measure(stack: LayerStack, sequences: list, eps: float, batch_size: int, pad: int) -> np.ndarray:
+    model = stack.model
+    moments = SequenceMoments(stack.num_layers, eps)
+    training = model.training
+    model.eval()
+    try:
+        with LayerStream(stack, [moments]), torch.no_grad():
+            for start in progress(range(0, len(sequences), batch_size), desc="EAVSS", unit="batch"):
+                group = sequences[start : start + batch_size]
+                length = max(len(ids) for ids, _ in group)
+                ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in group])
+                lengths = torch.tensor([len(ids) for ids, _ in group])[:, None]
+                answers = torch.tensor([answer for _, answer in group])[:, None]
+                position = torch.arange(length)[None]
+                moments.tokens = (position < lengths) & (position >= lengths - answers)
+                mask = (position < lengths).long()
+                model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+    finally:
+        model.train(training)
+    return moments.moments()
+
+
+def _differences(factual: np.ndarray, hallucinated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Differences of variance and sparsity, hallucinated − factual, from `[layers, 4]` sums."""
+    variance, sparsity = zip(
+        *((m[:, 2] / m[:, 0] - (m[:, 1] / m[:, 0]) ** 2, m[:, 3] / m[:, 0]) for m in (factual, hallucinated)),
+        strict=True,
+    )
+    return variance[1] - variance[0], sparsity[1] - sparsity[0]

@@ -1,0 +1,98 @@
+"""Perplexity and bits per byte against a token-by-token transcription."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import tiny_model
+
+from hf_layerprobe import LayerProbeError, evaluate_model, prune_layers
+
+TEXTS = ["hello there, world", "naïve café", "a much longer text that needs several windows of tokens to be read", "x"]
+
+
+class Bytes:
+    """One token a byte, and its own BOS."""
+
+    bos_token_id = 1
+    eos_token_id = 2
+
+    def __call__(self, text, **_):
+        return {"input_ids": [3 + byte % 60 for byte in text.encode()]}
+
+
+def transcription(model, texts, max_length):
+    total, tokens = 0.0, 0
+    for text in texts:
+        ids = Bytes()(text)["input_ids"]
+        for i, wanted in enumerate(ids):
+            start = i // max_length * max_length  # windows overlap by the one token that starts the next
+            context = ([1, *ids])[start : i + 1]
+            with torch.no_grad():
+                logits = model(torch.tensor([context])).logits[0, -1]
+            total -= torch.log_softmax(logits.double(), -1)[wanted].item()
+            tokens += 1
+    return total, tokens
+
+
+@pytest.mark.parametrize("max_length, batch_size", [(512, 4), (16, 3), (1, 1)])
+def test_every_token_is_predicted_once(max_length, batch_size):
+    model = tiny_model("llama")
+    found = evaluate_model(model, TEXTS, tokenizer=Bytes(), max_length=max_length, batch_size=batch_size).after
+    total, tokens = transcription(model, TEXTS, max_length)
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert (found.tokens, found.bytes) == (tokens, size)
+    assert found.loss == pytest.approx(total / tokens, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-4)
+    assert found.bits_per_byte == pytest.approx(total / math.log(2) / size, rel=1e-5)
+
+
+def test_before_and_after():
+    model = tiny_model("llama")
+    pruned = prune_layers(model, remove=[1])
+    found = evaluate_model(pruned, TEXTS, tokenizer=Bytes(), baseline=model)
+    alone, dense = (evaluate_model(m, TEXTS, tokenizer=Bytes()) for m in (pruned, model))
+    assert found.after == alone.after and found.before == dense.after and alone.before is None
+    assert found.perplexity == alone.perplexity and found.bits_per_byte == alone.bits_per_byte
+    assert found.perplexity_ratio == pytest.approx(alone.perplexity / dense.perplexity)
+    assert found.retained == pytest.approx(dense.loss / alone.loss)
+    assert found.after.parameters < found.before.parameters
+    assert evaluate_model(pruned, TEXTS, tokenizer=Bytes(), baseline=dense.after) == found
+    assert found.to_dict()["after"]["perplexity"] == found.perplexity
+
+
+def test_a_data_set_of_texts():
+    model = tiny_model("llama")
+    dataset = Dataset.from_dict({"text": TEXTS})
+    assert evaluate_model(model, dataset, tokenizer=Bytes()) == evaluate_model(model, TEXTS, tokenizer=Bytes())
+
+
+def test_the_mode_is_left_as_it_was():
+    model = tiny_model("llama").train()
+    evaluate_model(model, TEXTS, tokenizer=Bytes())
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    "model, data, tokenizer, message",
+    [
+        ("llama", [], Bytes(), "no text to evaluate on"),
+        ("llama", ["", ""], Bytes(), "no text to evaluate on"),
+        ("llama", "text", Bytes(), "got one string"),
+        ("llama", None, Bytes(), "got nothing"),
+        ("llama", [{"input_ids": [1]}], Bytes(), "Expected texts"),
+        ("llama", TEXTS, None, "needs tokenizer="),
+        ("bert", TEXTS, Bytes(), "BertForMaskedLM is not a causal language model"),
+        ("t5", TEXTS, Bytes(), "T5ForConditionalGeneration is not a causal language model"),
+    ],
+)
+def test_unusable_input(model, data, tokenizer, message):
+    with pytest.raises(LayerProbeError, match=message):
+        evaluate_model(tiny_model(model), data, tokenizer=tokenizer)
+
+
+def test_smollm2_predicts_english(smollm2, smollm2_tokenizer, english):
+    """About one bit a byte on Wikipedia text, for the 4-bit approximation of the real model."""
+    found = evaluate_model(smollm2, english[:8], tokenizer=smollm2_tokenizer)
+    assert 0.6 < found.bits_per_byte < 1.3

@@ -1,0 +1,118 @@
+"""Plans: what is removed, by which rule, and that a stored plan is the plan."""
+
+import json
+
+import numpy as np
+import pytest
+from test_activation_scores import FakeTokenizer
+from tiny import tiny_model
+
+from hf_layerprobe import LayerProbeError, PruningError, PruningPlan, plan_pruning, score_layers
+
+
+@pytest.mark.parametrize(
+    "request_, removed",
+    [
+        (dict(remove=[2]), [2]),
+        (dict(remove=[-1, 0]), [0, 3]),
+        (dict(remove=np.array([1, 2])), [1, 2]),
+        (dict(keep=[3, 0]), [1, 2]),
+        (dict(keep=range(3)), [3]),
+        (dict(ratio=0.25, by="last"), [3]),
+        (dict(ratio=0.7, by="last"), [2, 3]),
+        (dict(num_layers=3, by="last"), [1, 2, 3]),
+    ],
+)
+def test_what_goes(request_, removed):
+    plan = plan_pruning(tiny_model("llama"), **request_)
+    assert list(plan.remove) == removed
+    assert list(plan.keep) == [i for i in range(4) if i not in removed]
+    assert plan.num_layers == 4 and plan.stack == "model.layers"
+
+
+def test_a_quarter_of_thirty_layers_is_seven(smollm2):
+    assert len(plan_pruning(smollm2, ratio=0.25, by="last").remove) == 7
+
+
+def test_by_score(token_batches):
+    model = tiny_model("llama")
+    plan = plan_pruning(model, token_batches, num_layers=2, by="influence")
+    scores = score_layers(model, token_batches, by="influence")
+    assert list(plan.remove) == scores.least_important(2)
+    assert plan.by == "influence" and plan.scores["values"] == scores.values.tolist()
+    assert plan.scores["data"]["fingerprint"] == scores.data["fingerprint"]
+    assert str(plan).startswith("model.layers: remove 2 of 4 layers by influence (0-based): remove [")
+
+
+def test_auto_keeps_the_plan_that_measures_best():
+    texts = [f"text number {i} of many, and some more words" for i in range(8)]
+    plan = plan_pruning(tiny_model("llama"), texts, num_layers=1, by="auto", tokenizer=FakeTokenizer(), pack=False)
+    losses = {c["by"]: c["held_out_loss"] for c in plan.candidates}
+    assert set(losses) == {"avss-relative", "influence", "docs", "last"}
+    best = min(plan.candidates, key=lambda c: c["held_out_loss"])
+    assert list(plan.remove) == best["remove"] and plan.by == "auto" and plan.scores["name"] == best["by"]
+    assert len(set(losses.values())) > 1
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (dict(), "exactly one of ratio, num_layers, remove and keep; got none"),
+        (dict(ratio=0.5, remove=[1]), "got ratio, remove"),
+        (dict(ratio=0), "between 0 and 1; got 0"),
+        (dict(ratio=1.0), "between 0 and 1; got 1.0"),
+        (dict(ratio=0.1), "less than one layer; use at least 0.250"),
+        (dict(num_layers=0), "between 1 and 3 of 4; got 0"),
+        (dict(num_layers=4), "between 1 and 3 of 4; got 4"),
+        (dict(remove=[4]), r"layers \[4\] do not exist; the stack has layers 0 to 3"),
+        (dict(remove=[-5]), r"layers \[-5\] do not exist"),
+        (dict(remove=[1.5]), r"layers \[1.5\] do not exist"),
+        (dict(remove=[1, 1]), "names a layer twice"),
+        (dict(remove=[1, -3]), "names a layer twice"),
+        (dict(remove=[]), "removes no layer of 4"),
+        (dict(remove=[0, 1, 2, 3]), "removes all 4 layers"),
+        (dict(keep=[]), "removes all 4 layers; at least one must stay"),
+        (dict(keep=[0, 1, 2, 3]), "removes no layer"),
+        (dict(keep=[7]), r"keep: layers \[7\] do not exist"),
+    ],
+)
+def test_impossible_requests(request_, message):
+    with pytest.raises(PruningError, match=message):
+        plan_pruning(tiny_model("llama"), **request_)
+
+
+@pytest.mark.parametrize("data", [None, [], ["one text"], [{"input_ids": [1]}, {"input_ids": [2]}]])
+def test_auto_needs_texts_to_measure_on(data):
+    with pytest.raises(LayerProbeError, match="at least two texts"):
+        plan_pruning(tiny_model("llama"), data, num_layers=1, tokenizer=FakeTokenizer())
+
+
+def test_unknown_rule():
+    with pytest.raises(LayerProbeError, match=r"Unknown score 'lasst'\. Did you mean 'last'"):
+        plan_pruning(tiny_model("llama"), num_layers=1, by="lasst")
+
+
+def test_a_stored_plan_is_the_plan(tmp_path, token_batches):
+    plan = plan_pruning(tiny_model("llama"), token_batches, num_layers=2, by="avss")
+    path = plan.save(tmp_path)
+    assert path.name == "pruning_plan.json"
+    assert PruningPlan.load(tmp_path) == PruningPlan.load(path) == plan
+
+
+def test_a_changed_plan_is_refused(tmp_path):
+    path = plan_pruning(tiny_model("llama"), remove=[1]).save(tmp_path)
+    content = json.loads(path.read_text())
+    content["remove"] = [2]
+    path.write_text(json.dumps(content))
+    with pytest.raises(LayerProbeError, match="was changed after it was written"):
+        PruningPlan.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"checksum": 1, "remove": 3}'])
+def test_what_is_no_plan_is_refused(tmp_path, text):
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(LayerProbeError, match="is not a pruning plan"):
+        PruningPlan.load(path)
+    with pytest.raises(LayerProbeError, match="No pruning plan at"):
+        PruningPlan.load(tmp_path / "nothing.json")

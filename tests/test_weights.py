@@ -1,0 +1,141 @@
+"""Which matrix is which: what the split matrices compute must be what the model computes."""
+
+import pytest
+import torch
+import transformers as tf
+from tiny import FAMILIES, tiny_model
+
+from hf_layerprobe import LayerProbeError, find_stacks
+from hf_layerprobe.weights import layer_matrices, read_matrices
+
+GATED = {"llama", "qwen3", "gemma3", "mistral", "mixtral", "t5"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_its_kinds_in_every_layer(family):
+    expected = {"q", "k", "v", "o", "up", "down"} | ({"gate"} if family in GATED else set())
+    for stack in find_stacks(tiny_model(family)):
+        found = {}
+        for layer, kind, matrix in read_matrices(stack):
+            assert matrix.dim() == 2
+            found.setdefault(layer, set()).add(kind)
+        assert found == dict.fromkeys(range(stack.num_layers), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_are_out_by_in(family):
+    """[out, in] whatever the storage: hidden 32, MLP 48 (GPT-2: 128; Mixtral: 3 experts of 48), half the keys in GQA."""
+    inner = {"gpt2": 128, "mixtral": 144}.get(family, 48)
+    keys = 16 if family in ("llama", "qwen3", "gemma3", "mistral", "mixtral") else 32
+    shapes = {"q": (32, 32), "k": (keys, 32), "v": (keys, 32), "o": (32, 32)}
+    shapes |= {"gate": (inner, 32), "up": (inner, 32), "down": (32, inner)}
+    for stack in find_stacks(tiny_model(family)):
+        for _, kind, matrix in read_matrices(stack):
+            assert tuple(matrix.shape) == shapes[kind], kind
+
+
+def test_gpt2_fused_conv1d_is_split_as_the_model_does():
+    attention = tiny_model("gpt2").transformer.h[0].attn
+    x = torch.randn(3, 32)
+    parts = layer_matrices(tiny_model("gpt2").transformer.h[0], tiny_model("gpt2").config)
+    expected = (attention.c_attn(x) - attention.c_attn.bias).split(32, dim=-1)
+    for kind, y in zip("qkv", expected, strict=True):
+        torch.testing.assert_close(x @ parts[kind].T, y)
+
+
+def test_gpt_neox_fused_heads_are_split_as_the_model_does():
+    model = tiny_model("gpt_neox")
+    layer = model.gpt_neox.layers[0]
+    x = torch.randn(3, 32)
+    fused = (layer.attention.query_key_value(x) - layer.attention.query_key_value.bias).view(
+        3, 4, 24
+    )  # [rows, heads, 3·8]
+    parts = layer_matrices(layer, model.config)
+    for kind, y in zip("qkv", fused.chunk(3, dim=-1), strict=True):
+        torch.testing.assert_close(x @ parts[kind].T, y.reshape(3, 32))
+
+
+def test_phi3_fused_grouped_query_is_split_by_group():
+    config = tf.Phi3Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, pad_token_id=0,
+    )  # fmt: skip
+    layer = tf.Phi3ForCausalLM(config).model.layers[0]
+    parts = layer_matrices(layer, config)
+    assert {kind: len(matrix) for kind, matrix in parts.items()} == dict(
+        q=32, k=16, v=16, o=32, gate=48, up=48, down=32
+    )
+    assert torch.equal(torch.cat([parts[kind] for kind in "qkv"]), layer.self_attn.qkv_proj.weight)
+
+
+@pytest.mark.parametrize("form", ["new_decoder_architecture", "multi_query", "heads"])
+def test_falcon_is_split_as_the_model_does(form):
+    grouped = dict(new_decoder_architecture=True, num_kv_heads=2) if form == "new_decoder_architecture" else {}
+    config = tf.FalconConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=64,
+        multi_query=form == "multi_query",
+        **grouped,
+    )
+    layer = tf.FalconForCausalLM(config).transformer.h[0]
+    attention = layer.self_attention
+    x = torch.randn(1, 3, 32)
+    query, key, value = attention._split_heads(attention.query_key_value(x))
+    parts = layer_matrices(layer, config)
+    torch.testing.assert_close(x @ parts["q"].T, query.reshape(1, 3, -1))
+    keys = x @ parts["k"].T
+    if form == "new_decoder_architecture":  # Falcon repeats each group's key for its query heads
+        key, value = key[:, :, ::2], value[:, :, ::2]
+    torch.testing.assert_close(keys, key.reshape(1, 3, -1)[..., : keys.shape[-1]])
+    torch.testing.assert_close(x @ parts["v"].T, value.reshape(1, 3, -1)[..., : keys.shape[-1]])
+
+
+def test_mixtral_experts_are_one_wide_mlp():
+    """With every expert chosen at weight 1, the experts are the dense MLP that their matrices form side by side."""
+    model = tiny_model("mixtral")
+    experts, parts = model.model.layers[0].mlp.experts, layer_matrices(model.model.layers[0], model.config)
+    x = torch.randn(5, 32)
+    found = experts(x, torch.arange(3).expand(5, 3), torch.ones(5, 3))
+    expected = (torch.nn.functional.silu(x @ parts["gate"].T) * (x @ parts["up"].T)) @ parts["down"].T
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cross_attention_is_not_mistaken_for_self_attention():
+    decoder = find_stacks(tiny_model("bart"))[1]
+    for layer, kind, matrix in read_matrices(decoder, ["q"]):
+        assert kind == "q"
+        assert torch.equal(matrix, decoder.layers[layer].self_attn.q_proj.weight)
+
+
+@pytest.mark.parametrize(
+    "kinds, message",
+    [(["qq"], "Unknown matrix kinds"), ([], "Unknown matrix kinds"), (["gate"], "have no matrix known as gate")],
+)
+def test_unknown_and_missing_kinds(kinds, message):
+    with pytest.raises(LayerProbeError, match=message):
+        list(read_matrices(find_stacks(tiny_model("gpt2"))[0], kinds))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value):
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.up_proj.weight.data[0, 0] = value
+    with pytest.raises(LayerProbeError, match="the up matrix of layer 2"):
+        list(read_matrices(find_stacks(model)[0]))
+
+
+def test_weights_that_are_not_in_memory_are_named():
+    with torch.device("meta"):
+        model = FAMILIES["llama"][0](FAMILIES["llama"][1]())
+    with pytest.raises(LayerProbeError, match=r"q matrix of layer 0.*meta device"):
+        list(read_matrices(find_stacks(model)[0]))
+
+
+def test_quantised_weights_are_refused():
+    model = tiny_model("llama")
+    projection = model.model.layers[1].self_attn.q_proj
+    projection.weight = torch.nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(LayerProbeError, match=r"q matrix of layer 1.*quantised"):
+        list(read_matrices(find_stacks(model)[0]))
