@@ -1,5 +1,6 @@
 """Which layers of a Transformers model resemble each other, which matter, and what is left when the others go."""
 
+from .callbacks import LayerProbeCallback
 from .errors import LayerProbeError, PruningError
 from .evaluation import Comparison, Evaluation, evaluate_model
 from .plan import PruningPlan, plan_pruning
@@ -14,6 +15,7 @@ __all__ = [
     "Comparison",
     "Evaluation",
     "LayerProbe",
+    "LayerProbeCallback",
     "LayerProbeError",
     "LayerScores",
     "LayerStack",

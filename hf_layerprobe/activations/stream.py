@@ -70,6 +70,7 @@ class LayerStream:
         self.close()
 
     def _before_pass(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._after_pass()  # a pass that failed in another hook before the model ran has left its layer hooks
         if self.only_in_eval and model.training:
             return
         sequence_to_sequence = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
