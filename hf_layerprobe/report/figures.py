@@ -27,6 +27,8 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#D9D9D9"
 COLOURS = colormaps["viridis"].with_extremes(bad=GREY)
 # Values that span more than this factor are drawn on a log scale.
 WIDE = 30
+# The least range of a colour scale, so that noise around chance does not look like structure.
+NARROWEST = 0.05
 COLUMNS = 4
 FACE = dict(dpi=150, facecolor="white")
 
@@ -118,8 +120,7 @@ def _off_diagonal(values: np.ndarray) -> np.ndarray:
 
 
 def _highest(values: np.ndarray, low: float) -> float:
-    highest = np.nanmax(values, initial=low)
-    return float(highest) if highest > low else low + 1e-3
+    return max(float(np.nanmax(values, initial=low)), low + NARROWEST)
 
 
 def _draw_map(axes: Axes, values: np.ndarray, *, low: float, high: float):
