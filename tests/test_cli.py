@@ -242,7 +242,6 @@ def test_stdout_is_json_alone(model, text):
 
 def test_demo(model, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_layerprobe.cli.demo_steps.embedded_texts", lambda: TEXTS)
-    monkeypatch.setenv("COLUMNS", "120")
     result = run("demo", "--model", model, "--small", "--output", tmp_path / "demo")
     for label in ("dense model", "AVSS, published", "AVSS, relative (ours)", "block influence (ShortGPT)", "random-0"):
         assert label in result.stdout
@@ -268,5 +267,11 @@ def test_demo_leaves_nothing_when_the_saved_model_is_another(model, tmp_path, mo
 
 def test_short_forms():
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8" and ranges([]) == ""
-    assert [number(value) for value in (0, 12.345, 1234567.0, 1e-5)] == ["0.00", "12.35", "1.23e+06", "1.00e-05"]
+    assert [number(value) for value in (0, 12.345, 1234.5, 234567.0, 1e-5)] == [
+        "0.00",
+        "12.35",
+        "1,234",
+        "2.3e+05",
+        "1.0e-05",
+    ]
     assert strict({"a": [float("nan"), float("inf"), 1.5, "x"]}) == {"a": [None, None, 1.5, "x"]}

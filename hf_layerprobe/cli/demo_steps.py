@@ -61,7 +61,7 @@ def run_steps(name: str, folder: Path, *, small: bool) -> dict[str, Any]:
         VerificationError: The saved model does not do what the measured one did.
     """
     tell, started = Console(stderr=True), time.monotonic()
-    calibration_tokens, held_out_tokens = (512, 256) if small else (4096, 2048)
+    calibration_tokens, held_out_tokens = (512, 256) if small else (4096, 4096)
 
     tell.rule(f"1/6 Load {name}")
     model, tokenizer = open_model(name).eval(), open_tokenizer(name)

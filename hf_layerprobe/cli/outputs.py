@@ -20,7 +20,9 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    terminal = Console()
+    # Rich takes 80 columns where there is no terminal to ask; files and logs have room for unbroken rows.
+    (terminal if terminal.is_terminal else Console(width=max(terminal.width, 120))).print(table)
 
 
 def show_json(content: Any) -> None:
@@ -46,4 +48,6 @@ def ranges(layers: Iterable[int]) -> str:
 
 def number(value: float) -> str:
     """A number of any size in few characters."""
-    return f"{value:,.2f}" if 0.01 <= abs(value) < 1e6 or value == 0 else f"{value:.2e}"
+    if value and not 0.01 <= abs(value) < 1e5:
+        return f"{value:.1e}"
+    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
