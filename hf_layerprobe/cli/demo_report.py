@@ -37,6 +37,7 @@ def show_results(results: dict[str, Any], output: Path) -> None:
     wrecked = [row["label"] for row in results["rules"] if row["wrecks_the_model"]]
     if wrecked:
         console.print(f"Wrecks the model (perplexity 1,000 times the dense model's, or more): {'; '.join(wrecked)}.")
+    console.print("The best is chosen on this text, so its own numbers are slightly optimistic.")
     console.print(
         f"Saved and loaded again: largest logit difference to the original with those layers bypassed "
         f"{proof['max_logit_difference']:.1e}; perplexity {number(proof['perplexity']['reloaded'])}, measured before "
