@@ -1,13 +1,10 @@
-"""Which layers of a Transformers model resemble each other, which matter, and what is left when the others go."""
+"""Which layers of a Transformers model resemble each other, which matter, and what is left when the others go.
 
-from .callbacks import LayerProbeCallback
-from .errors import LayerProbeError, PruningError
-from .evaluation import Comparison, Evaluation, evaluate_model
-from .plan import PruningPlan, plan_pruning
-from .probe import LayerProbe
-from .scores import LayerScores, SimilarityMatrix, avss, docs, docs_similarity, eavss, score_layers
-from .stacks import LayerStack, find_stacks
-from .surgery import prune_layers
+The public names are imported when they are first used, so that `hf-layerprobe --help` need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -32,3 +29,37 @@ __all__ = [
     "prune_layers",
     "score_layers",
 ]
+
+if TYPE_CHECKING:
+    from .callbacks import LayerProbeCallback
+    from .errors import LayerProbeError, PruningError
+    from .evaluation import Comparison, Evaluation, evaluate_model
+    from .plan import PruningPlan, plan_pruning
+    from .probe import LayerProbe
+    from .scores import LayerScores, SimilarityMatrix, avss, docs, docs_similarity, eavss, score_layers
+    from .stacks import LayerStack, find_stacks
+    from .surgery import prune_layers
+
+_HOMES = {
+    "callbacks": ("LayerProbeCallback",),
+    "errors": ("LayerProbeError", "PruningError"),
+    "evaluation": ("Comparison", "Evaluation", "evaluate_model"),
+    "plan": ("PruningPlan", "plan_pruning"),
+    "probe": ("LayerProbe",),
+    "scores": ("LayerScores", "SimilarityMatrix", "avss", "docs", "docs_similarity", "eavss", "score_layers"),
+    "stacks": ("LayerStack", "find_stacks"),
+    "surgery": ("prune_layers",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

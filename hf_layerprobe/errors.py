@@ -7,3 +7,7 @@ class LayerProbeError(ValueError):
 
 class PruningError(LayerProbeError):
     """A kept set, plan or model that cannot become a plain Transformers model with the same function."""
+
+
+class VerificationError(PruningError):
+    """A pruned model that was measured and is not good enough to be handed on."""

@@ -12,13 +12,14 @@ from pathlib import Path
 from .errors import LayerProbeError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file, replacing an older one only when the new one is whole."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file (text as UTF-8), replacing an older one only when the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

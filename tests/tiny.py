@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import string
+from pathlib import Path
+
 import torch
 import transformers as tf
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, vocab_size=64)
 GQA = dict(TEXT, num_key_value_heads=2)
@@ -68,3 +72,23 @@ def tiny_model(family: str, seed: int = 0) -> tf.PreTrainedModel:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
     model.tie_weights()
     return model
+
+
+def tiny_tokenizer() -> tf.PreTrainedTokenizerFast:
+    """One token a character, lower-case: 64 at most, as many as the tiny models know."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    tokens = [*special, *string.ascii_lowercase, *string.digits, *" .,;:!?'-()\n"]
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def tiny_folder(path: Path, family: str = "llama", seed: int = 0) -> Path:
+    """A saved tiny model with the tiny tokenizer."""
+    tiny_model(family, seed).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
-from ..errors import PruningError
+from ..errors import PruningError, VerificationError
 from ..stacks import LayerStack, bypassed
 
 # Largest |difference| / max(1, |output|); bit-equal is the rule, the margin is for other kernels after a reload.
@@ -26,8 +26,8 @@ def verify(stack: LayerStack, removed: Sequence[int], pruned: PreTrainedModel) -
         pruned: The pruned model, reloaded or as built.
 
     Raises:
-        PruningError: Outputs differ, cached generation differs from uncached although the original's does not, or no
-            inputs are known for this model's modality.
+        VerificationError: Outputs differ, or cached generation differs from uncached although the original's does not.
+        PruningError: No inputs are known for this model's modality.
     """
     original = stack.model
     inputs = example_inputs(original)
@@ -46,7 +46,7 @@ def verify(stack: LayerStack, removed: Sequence[int], pruned: PreTrainedModel) -
             difference = _largest_difference(expected, found)
             limit = TOLERANCE.get(original.dtype, 1e-4)
             if not difference <= limit:  # also when it is NaN
-                raise PruningError(
+                raise VerificationError(
                     f"The pruned {type(pruned).__name__} (layers {list(removed)} of {stack.path!r} removed) does not compute "
                     f"what the original does with those layers bypassed: largest relative difference {difference:.2g}, "
                     f"allowed {limit:.0e}. This architecture ties a layer's function to its position or to the number of "
@@ -57,7 +57,7 @@ def verify(stack: LayerStack, removed: Sequence[int], pruned: PreTrainedModel) -
                 and not _cache_agrees(pruned, inputs, limit)
                 and _cache_agrees(original, inputs, limit)
             ):
-                raise PruningError(
+                raise VerificationError(
                     f"The pruned {type(pruned).__name__} generates other tokens with its cache than without, which the "
                     f"original does not (layers {list(removed)} of {stack.path!r} removed)."
                 )

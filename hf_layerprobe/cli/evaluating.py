@@ -1,0 +1,52 @@
+"""`eval`: perplexity and bits per byte of a model, alone or beside the one it came from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .options import DEFAULT_MODEL, MAX_TOKENS, Column, Json, MaxTokens, Model, TextFile
+
+
+def evaluate(
+    model: Model = DEFAULT_MODEL,
+    baseline: Annotated[
+        str | None, typer.Option(help="The model before pruning: a folder, Hub id or `smollm2`.")
+    ] = None,
+    text: TextFile = None,
+    column: Column = "text",
+    max_tokens: MaxTokens = MAX_TOKENS,
+    as_json: Json = False,
+) -> None:
+    """Measure how well a causal language model predicts text: lower perplexity and bits per byte are better.
+
+    Both models read the text through the tokenizer of the baseline, if there is one.
+
+    Examples:
+
+    - `hf-layerprobe eval`
+
+    - `hf-layerprobe eval ./smaller --baseline smollm2 --text corpus.txt`
+    """
+    from .. import evaluate_model
+    from .inputs import first_tokens, note_on, open_model, open_tokenizer, read_texts
+    from .outputs import number, show_json, show_table
+
+    texts = read_texts(text, column)
+    measured, before = open_model(model), open_model(baseline) if baseline else None
+    tokenizer = open_tokenizer(baseline or model)
+    texts = first_tokens(texts, tokenizer, max_tokens)
+    comparison = evaluate_model(measured, texts, tokenizer=tokenizer, baseline=before)
+    note = note_on(model, baseline)
+    if as_json:
+        return show_json({"model": model, "baseline": baseline, **comparison.to_dict(), "note": note})
+    rows = [
+        (name, number(found.perplexity), f"{found.bits_per_byte:.3f}", f"{found.loss:.3f}", f"{found.parameters:,}")
+        for name, found in ((baseline, comparison.before), (model, comparison.after))
+        if found is not None
+    ]
+    title = f"Predicting {comparison.after.tokens:,} tokens"
+    if comparison.before:
+        title += f": perplexity × {number(comparison.perplexity_ratio)}"
+    show_table(title, ("model", "perplexity", "bits per byte", "loss (nats)", "parameters"), rows, note)

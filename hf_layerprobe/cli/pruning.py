@@ -1,0 +1,202 @@
+"""`plan` and `prune`: which layers go, and the model without them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import LayerProbeError, VerificationError
+from .options import (
+    DEFAULT_MODEL,
+    MAX_TOKENS,
+    By,
+    Column,
+    Json,
+    Keep,
+    MaxTokens,
+    Model,
+    NumLayers,
+    Ratio,
+    Remove,
+    Stack,
+    TextFile,
+)
+
+
+def plan(
+    model: Model = DEFAULT_MODEL,
+    by: By = "auto",
+    ratio: Ratio = None,
+    num_layers: NumLayers = None,
+    remove: Remove = None,
+    keep: Keep = None,
+    output: Annotated[Path | None, typer.Option(help="Write the plan to this file, for `prune --plan`.")] = None,
+    text: TextFile = None,
+    column: Column = "text",
+    max_tokens: MaxTokens = MAX_TOKENS,
+    stack: Stack = None,
+    as_json: Json = False,
+) -> None:
+    """Decide which layers to remove, without removing them.
+
+    Say how much by one of --ratio, --num-layers, --remove and --keep. Of the texts, every other one is used; the rest
+    stays unseen, so that `prune` can measure on it.
+
+    Examples:
+
+    - `hf-layerprobe plan --ratio 0.25`
+
+    - `hf-layerprobe plan ./my-model --by influence --num-layers 4 --text corpus.txt --output plan.json`
+    """
+    from .inputs import note_on, open_model
+    from .outputs import ranges, show_json, show_table
+
+    made = _make_plan(
+        model, open_model(model), text, column, by=by, ratio=ratio, num_layers=num_layers, remove=remove, keep=keep,
+        max_tokens=max_tokens, stack=stack,
+    )  # fmt: skip
+    if output is not None:
+        made.save(output)
+    note = note_on(model)
+    if as_json:
+        return show_json({**json.loads(made.to_json()), "note": note})
+    rows = [
+        (candidate["by"], ranges(candidate["remove"]), f"{candidate['held_out_loss']:.3f}")
+        for candidate in made.candidates
+    ]
+    title = f"Remove {len(made.remove)} of {made.num_layers} layers of {made.stack} by {made.by}"
+    if rows:
+        show_table(f"{title}, the best of", ("rule", "removes", "loss on other text (nats)"), rows, note)
+    show_table(title, ("", "layers"), [("remove", ranges(made.remove)), ("keep", ranges(made.keep))])
+    if output is not None:
+        typer.echo(f"Plan written to {output}")
+
+
+def prune(
+    output: Annotated[Path, typer.Option(help="A new or empty folder for the pruned model.")],
+    model: Model = DEFAULT_MODEL,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan written by `plan --output`.")] = None,
+    by: By = "auto",
+    ratio: Ratio = None,
+    num_layers: NumLayers = None,
+    remove: Remove = None,
+    keep: Keep = None,
+    max_loss_increase: Annotated[
+        float | None,
+        typer.Option(min=0, help="Keep no model whose mean token loss rises by more than this share; 0.2 is 20 %."),
+    ] = None,
+    text: TextFile = None,
+    column: Column = "text",
+    max_tokens: MaxTokens = MAX_TOKENS,
+    stack: Stack = None,
+    as_json: Json = False,
+) -> None:
+    """Remove layers and save a smaller, plain Transformers model.
+
+    The saved model is loaded again and compared with the original whose removed layers are bypassed; if they differ, or
+    if --max-loss-increase is exceeded, nothing is left in the output folder and the exit code is 1. The loss is measured
+    on every other text; plans are made from the rest.
+
+    Examples:
+
+    - `hf-layerprobe prune --ratio 0.1 --output smaller`
+
+    - `hf-layerprobe prune ./my-model --remove 20,21 --output smaller --max-loss-increase 0.2 --text corpus.txt`
+
+    - `hf-layerprobe prune ./my-model --plan plan.json --output smaller`
+    """
+    from .. import PruningPlan, prune_layers
+    from ..files import check_new_folder
+    from .inputs import note_on, open_model
+    from .outputs import number, ranges, show_json, show_table
+
+    check_new_folder(output)
+    given = {"--ratio": ratio, "--num-layers": num_layers, "--remove": remove, "--keep": keep}
+    conflicting = [name for name, value in given.items() if value is not None]
+    if plan_file is not None and conflicting:
+        raise typer.BadParameter(
+            f"a plan says what to remove; leave out {', '.join(conflicting)}.", param_hint="--plan"
+        )
+    loaded = open_model(model)
+    if plan_file is not None:
+        chosen = PruningPlan.load(plan_file)
+    else:
+        chosen = _make_plan(
+            model, loaded, text, column, by=by, ratio=ratio, num_layers=num_layers, remove=remove, keep=keep,
+            max_tokens=max_tokens, stack=stack,
+        )  # fmt: skip
+    measured = None
+    if max_loss_increase is not None:
+        measured = _check_loss(model, loaded, chosen, text, column, max_tokens, max_loss_increase)
+    pruned = prune_layers(loaded, chosen, tokenizer=_tokenizer_if_any(model), output_dir=output)
+    sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (loaded, pruned)]
+    note = note_on(model)
+    if as_json:
+        return show_json(
+            {
+                "output": str(output),
+                "remove": chosen.remove,
+                "keep": chosen.keep,
+                "by": chosen.by,
+                "parameters": {"before": sizes[0], "after": sizes[1]},
+                "loss": measured,
+                "note": note,
+            }
+        )
+    rows = [
+        ("layers", str(chosen.num_layers), str(len(chosen.keep))),
+        ("parameters", f"{sizes[0]:,}", f"{sizes[1]:,}"),
+    ]
+    if measured:
+        rows.append(("token loss, nats", number(measured["before"]), number(measured["after"])))
+    show_table(f"Removed {ranges(chosen.remove)} by {chosen.by}; verified", ("", "before", "after"), rows, note)
+    typer.echo(f"Model written to {output}")
+
+
+def _make_plan(name, model, text, column, *, by, remove, keep, max_tokens, **request):
+    """A plan from the options; text is read only for rules that need it."""
+    from .. import plan_pruning
+    from ..scores.registry import get_score
+    from ..scores.run import ALIASES
+    from .inputs import halves, layer_list, open_tokenizer, read_texts
+
+    remove, keep = layer_list(remove, "--remove"), layer_list(keep, "--keep")
+    if remove is None and keep is None and (by == "auto" or get_score(ALIASES.get(by, by)).needs_data):
+        calibration, _ = halves(read_texts(text, column))
+        request.update(data=calibration, tokenizer=open_tokenizer(name), max_tokens=max_tokens)
+    return plan_pruning(model, by=by, remove=remove, keep=keep, **request)
+
+
+def _check_loss(name, model, plan, text, column, max_tokens, limit) -> dict[str, float]:
+    """Mean token loss before and after, measured with the layers bypassed, before anything is written."""
+    from .. import evaluate_model
+    from ..stacks import bypassed, resolve_stack
+    from .inputs import first_tokens, halves, open_tokenizer, read_texts
+
+    tokenizer = open_tokenizer(name)
+    texts = first_tokens(halves(read_texts(text, column))[1], tokenizer, max_tokens)
+    before = evaluate_model(model, texts, tokenizer=tokenizer).loss
+    with bypassed(resolve_stack(model, plan.stack), plan.remove):
+        after = evaluate_model(model, texts, tokenizer=tokenizer).loss
+    increase = after / before - 1
+    if not increase <= limit:
+        raise VerificationError(
+            f"Without layers {list(plan.remove)} the mean token loss rises from {before:.3f} to {after:.3f} nats, by "
+            f"{increase:.1%}; --max-loss-increase allows {limit:.1%}. Nothing was written. Remove fewer layers, or choose "
+            "them by another rule."
+        )
+    return {"before": before, "after": after, "increase": increase}
+
+
+def _tokenizer_if_any(name: str):
+    """Models without a tokenizer (vision) can be pruned too."""
+    from .inputs import open_tokenizer
+
+    try:
+        return open_tokenizer(name)
+    except LayerProbeError:
+        typer.echo(f"{name} has no tokenizer that can be loaded; the pruned model is saved without one.", err=True)
+        return None

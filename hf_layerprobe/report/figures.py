@@ -1,0 +1,173 @@
+"""Heat maps of layer similarity, scores by depth, and one page with both, as PNG files.
+
+Figures are made without pyplot, so that no global state of matplotlib is read or changed. Colours are those of viridis
+and the Okabe-Ito palette, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullFormatter
+
+from ..files import write_atomically
+from ..scores import LayerScores, SimilarityMatrix
+from ..scores.registry import OURS
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#D9D9D9"
+# Diagonals (a layer with itself) and pairs that cannot be compared.
+COLOURS = colormaps["viridis"].with_extremes(bad=GREY)
+# Values that span more than this factor are drawn on a log scale.
+WIDE = 30
+# The least range of a colour scale, so that noise around chance does not look like structure.
+NARROWEST = 0.05
+COLUMNS = 4
+FACE = dict(dpi=150, facecolor="white")
+
+
+def heat_map(similarity: SimilarityMatrix, kind: str, path: str | Path) -> Path:
+    """Draws the layer × layer similarity of one kind of weight matrix.
+
+    Args:
+        similarity: From [`docs`].
+        kind: One of its kinds.
+        path: The PNG file to write.
+
+    Raises:
+        KeyError: `similarity` has no such kind.
+    """
+    values, chance = _off_diagonal(similarity[kind]), float(np.nanmean(similarity.chance[kind]))
+    figure = Figure(figsize=(5.6, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    image = _draw_map(axes, values, low=chance, high=_highest(values, chance))
+    axes.set_title(
+        f"DOCS similarity of {kind} (axis={similarity.axis!r})\n"
+        f"chance {chance:.3f}, mean of neighbours {similarity.mean_neighbour(kind):.3f}",
+        fontsize=11,
+    )
+    axes.set(xlabel="layer", ylabel="layer")
+    figure.colorbar(image, ax=axes, shrink=0.85, extend="min", label="DOCS index, from chance upwards")
+    return _write(figure, path)
+
+
+def depth_plot(scores: Sequence[LayerScores], path: str | Path) -> Path:
+    """Draws every score by depth, one panel each, with the least important quarter of the layers marked.
+
+    Args:
+        scores: From [`score_layers`].
+        path: The PNG file to write.
+    """
+    figure = Figure(figsize=(7.5, 0.5 + 1.75 * len(scores)), layout="constrained")
+    panels = figure.subplots(len(scores), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, score in zip(panels, scores, strict=True):
+        _draw_scores(axes, score)
+        axes.set_title(f"{score.name}  —  {score.source}", loc="left", fontsize=10)
+    panels[-1].set_xlabel("layer")
+    _legend(figure)
+    return _write(figure, path)
+
+
+def overview(similarity: SimilarityMatrix, scores: Sequence[LayerScores], path: str | Path) -> Path:
+    """Draws every heat map, on one scale, above every score by depth.
+
+    The maps show the similarity above chance, `(S − chance) / (1 − chance)`, so that kinds of different shapes compare.
+
+    Args:
+        similarity: From [`docs`].
+        scores: From [`score_layers`].
+        path: The PNG file to write.
+    """
+    maps = {kind: _off_diagonal(similarity.excess(kind)) for kind in similarity.kinds}
+    map_rows, score_rows = math.ceil(len(maps) / COLUMNS), math.ceil(len(scores) / COLUMNS)
+    figure = Figure(figsize=(12, 3.1 * map_rows + 2.4 * score_rows + 0.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[3.1 * map_rows, 2.4 * score_rows + 0.6])
+    cells = top.subplots(map_rows, COLUMNS, squeeze=False)
+    high = max(_highest(values, 0) for values in maps.values())
+    for axes, (kind, values) in zip(cells.flat[: len(maps)], maps.items(), strict=True):
+        image = _draw_map(axes, values, low=0, high=high)
+        axes.set_title(f"{kind}  (neighbours {np.nanmean(np.diagonal(values, offset=1)):+.3f})", fontsize=10)
+    for axes in cells.flat[len(maps) :]:
+        axes.set_axis_off()
+    top.colorbar(image, ax=cells, shrink=0.6, extend="min", label="similarity above chance (1: identical)")
+    top.suptitle(f"Layers that resemble each other: DOCS of each kind of matrix (axis={similarity.axis!r})")
+    panels = bottom.subplots(score_rows, COLUMNS, sharex=True, squeeze=False)
+    for axes, score in zip(panels.flat[: len(scores)], scores, strict=True):
+        _draw_scores(axes, score)
+        axes.set_title(f"{score.name} ({'ours' if _is_ours(score) else 'paper'})", fontsize=10)
+        axes.set_xlabel("layer")
+    for axes in panels.flat[len(scores) :]:
+        axes.set_axis_off()
+    bottom.suptitle("Layers that matter: scores by depth, more important layers higher up")
+    _legend(bottom)
+    return _write(figure, path)
+
+
+def _off_diagonal(values: np.ndarray) -> np.ndarray:
+    """The values without a layer's comparison with itself, which is 1 by definition and says nothing."""
+    values = values.copy()
+    diagonal = np.diagonal(values)
+    if values.shape[0] == values.shape[1] and np.all((diagonal == 1) | np.isnan(diagonal)):
+        np.fill_diagonal(values, np.nan)
+    return values
+
+
+def _highest(values: np.ndarray, low: float) -> float:
+    return max(float(np.nanmax(values, initial=low)), low + NARROWEST)
+
+
+def _draw_map(axes: Axes, values: np.ndarray, *, low: float, high: float):
+    image = axes.imshow(values, cmap=COLOURS, vmin=low, vmax=high, origin="upper", interpolation="nearest")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
+    axes.tick_params(labelsize=8)
+    return image
+
+
+def _draw_scores(axes: Axes, score: LayerScores) -> None:
+    layers = np.arange(len(score))
+    weakest = score.least_important(max(1, len(score) // 4))
+    colour = BLUE if _is_ours(score) else "black"
+    axes.plot(layers, score.values, color=colour, linewidth=1.2, marker="o", markersize=3.5)
+    axes.plot(weakest, score.values[weakest], linestyle="none", marker="s", markersize=6, color=ORANGE)
+    low, high = score.values.min(), score.values.max()
+    if low > 0 and high / low > WIDE:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if not score.higher_is_more_important:
+        axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
+def _is_ours(score: LayerScores) -> bool:
+    return score.source.startswith(OURS)
+
+
+def _legend(figure) -> None:
+    marks = (("black", "o", "-"), (BLUE, "o", "-"), (ORANGE, "s", "none"))
+    lines = [Line2D([], [], color=colour, marker=shape, linestyle=line) for colour, shape, line in marks]
+    figure.legend(
+        lines,
+        ["defined by a paper", "our own definition", "the least important quarter"],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+    )
+
+
+def _write(figure: Figure, path: str | Path) -> Path:
+    path, picture = Path(path), io.BytesIO()
+    figure.savefig(picture, format="png", **FACE)
+    write_atomically(path, picture.getvalue())
+    return path

@@ -1,0 +1,81 @@
+"""Figures: written whole, as pictures, from what the library hands on."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from tiny import tiny_model
+
+from hf_layerprobe import LayerScores, SimilarityMatrix, docs
+from hf_layerprobe.report import depth_plot, heat_map, overview
+from hf_layerprobe.report.figures import _draw_map, _draw_scores, _highest, _off_diagonal
+
+
+def scores(name="influence", values=(3.0, 1.0, 2.0, 4.0), higher=True, source="a paper"):
+    return LayerScores(name, np.array(values), higher, "model.layers", source)
+
+
+@pytest.fixture(scope="module")
+def similarity():
+    return docs(tiny_model("llama"))
+
+
+def test_every_figure_is_a_picture_with_something_on_it(similarity, tmp_path):
+    several = [scores(), scores("avss-relative", (1e-3, 5.0, 80.0, 900.0), source="our own definition")]
+    paths = [
+        heat_map(similarity, "q", tmp_path / "new" / "q.png"),
+        depth_plot(several, tmp_path / "depth.png"),
+        overview(similarity, several, tmp_path / "overview.png"),
+    ]
+    for path in paths:
+        picture = imread(path)
+        assert min(picture.shape[:2]) > 300
+        assert picture[..., :3].std() > 0.05
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["depth.png", "new", "overview.png"]  # no temporary file left
+
+
+def test_an_unknown_kind_is_refused_and_an_older_figure_stays(similarity, tmp_path):
+    path = tmp_path / "map.png"
+    path.write_bytes(b"older")
+    with pytest.raises(KeyError, match="computed: q"):
+        heat_map(similarity, "w", path)
+    assert path.read_bytes() == b"older"
+
+
+def test_the_diagonal_is_left_out_of_a_model_with_itself_only():
+    own = np.array([[1.0, 0.2], [0.2, 1.0]])
+    assert np.isnan(np.diagonal(_off_diagonal(own))).all()
+    assert own[0, 0] == 1  # the given values are not changed
+    with_another = np.array([[0.9, 0.2], [0.2, 0.8]])
+    assert np.array_equal(_off_diagonal(with_another), with_another)
+
+
+def test_the_colour_scale_goes_from_chance_to_the_highest_but_does_not_blow_up_noise():
+    for highest, expected in ((0.7, 0.7), (0.301, 0.35), (np.nan, 0.35)):
+        values = np.array([[np.nan, highest], [0.2, np.nan]])
+        image = _draw_map(Figure().add_subplot(), values, low=0.3, high=_highest(values, 0.3))
+        assert image.get_clim() == pytest.approx((0.3, expected))
+
+
+def test_a_figure_of_maps_with_holes(tmp_path):
+    holes = np.full((3, 3), np.nan)
+    holes[:2, :2] = [[1.0, 0.4], [0.4, 1.0]]  # the last layer lacks the matrix
+    similarity = SimilarityMatrix({"q": holes}, {"q": 0.1}, "out", "layers", "paper")
+    assert imread(heat_map(similarity, "q", tmp_path / "q.png"))[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize(("higher", "weakest"), [(True, [1]), (False, [3])])
+def test_the_least_important_quarter_is_marked(higher, weakest):
+    axes = Figure().add_subplot()
+    _draw_scores(axes, scores(higher=higher))
+    assert axes.lines[1].get_xdata().tolist() == weakest
+    assert axes.yaxis_inverted() == (not higher)  # the weakest is always at the bottom
+
+
+def test_values_of_many_sizes_get_a_log_scale():
+    scales = []
+    for values in ((1.0, 2.0, 3.0, 4.0), (1e-3, 1.0, 50.0, 1e4), (-1.0, 1.0, 50.0, 1e4)):
+        axes = Figure().add_subplot()
+        _draw_scores(axes, scores(values=values))
+        scales.append(axes.get_yscale())
+    assert scales == ["linear", "log", "linear"]
