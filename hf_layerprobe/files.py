@@ -44,7 +44,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        # mkdtemp and safetensors make what they write private.
+        temporary.chmod(0o777 & ~_umask())
+        for file in temporary.rglob("*"):
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
         if path.exists():
             path.rmdir()
         temporary.rename(path)

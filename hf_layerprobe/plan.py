@@ -17,7 +17,7 @@ from .activations import batches
 from .errors import LayerProbeError, PruningError
 from .files import write_atomically
 from .scores import LayerScores, score_layers
-from .scores.loss import held_out_losses
+from .scores.loss import check_causal, held_out_losses
 from .stacks import LayerStack, resolve_stack
 
 FILE_NAME = "pruning_plan.json"
@@ -198,6 +198,7 @@ def _best_of(
             "by='auto' measures several plans on held-out text, so it needs data= as a list of at least two texts, and "
             "tokenizer=. Without data, by='docs' ranks by the weights alone."
         )
+    check_causal(stack.model)
     calibration, held_out = texts[::2], texts[1::2]
     scores = score_layers(stack.model, calibration, by=AUTO_RULES, stack=stack, tokenizer=tokenizer, **options)
     rows = list(batches(held_out, stack.model, tokenizer, **{k: v for k, v in options.items() if k != "max_tokens"}))

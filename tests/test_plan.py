@@ -87,6 +87,11 @@ def test_auto_needs_texts_to_measure_on(data):
         plan_pruning(tiny_model("llama"), data, num_layers=1, tokenizer=FakeTokenizer())
 
 
+def test_auto_measures_causal_models_only():
+    with pytest.raises(LayerProbeError, match="BertForMaskedLM is not a causal language model"):
+        plan_pruning(tiny_model("bert"), ["one text", "another"], num_layers=1, tokenizer=FakeTokenizer())
+
+
 def test_unknown_rule():
     with pytest.raises(LayerProbeError, match=r"Unknown score 'lasst'\. Did you mean 'last'"):
         plan_pruning(tiny_model("llama"), num_layers=1, by="lasst")

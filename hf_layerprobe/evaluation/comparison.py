@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..activations.data import text_rows
 from ..errors import LayerProbeError
 from ..progress import progress
-from ..scores.loss import IGNORED, summed_loss
+from ..scores.loss import IGNORED, check_causal, summed_loss
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,7 @@ def evaluate_model(
         raise LayerProbeError("The data has no text to evaluate on: it is empty, or every text is.")
     models = [model] if baseline is None or isinstance(baseline, Evaluation) else [model, baseline]
     for each in models:
-        if each.config.is_encoder_decoder or not each.can_generate():
-            raise LayerProbeError(
-                f"{type(each).__name__} is not a causal language model, so it has no perplexity on text."
-            )
+        check_causal(each)
     size = sum(len(text.encode()) for text in texts)
     results = [_evaluate(each, windows, size, batch_size) for each in models]
     before = baseline if isinstance(baseline, Evaluation) else results[1] if baseline is not None else None

@@ -6,14 +6,28 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from ..activations.data import Batch
+from ..errors import LayerProbeError
 from ..progress import progress
 from ..stacks import LayerStack, bypassed
 
 IGNORED = -100
 # Logits are taken through the softmax this many rows at a time: in float32 they are the largest tensor of the pass.
 ROWS = 512
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Refuses models whose loss on a text is not that of predicting each next token.
+
+    Raises:
+        LayerProbeError: Not a causal language model.
+    """
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise LayerProbeError(
+            f"{type(model).__name__} is not a causal language model, so it has no perplexity on text."
+        )
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -33,8 +47,13 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def held_out_losses(
     stack: LayerStack, removals: Mapping[str, Sequence[int]], data: Sequence[Batch], *, max_tokens: int | None = None
 ) -> dict[str, float]:
-    """Mean next-token loss (nats) of a decoder-only model under each removal, its layers bypassed in place."""
+    """Mean next-token loss (nats) of a decoder-only model under each removal, its layers bypassed in place.
+
+    Raises:
+        LayerProbeError: Not a causal language model.
+    """
     model = stack.model
+    check_causal(model)
     training = model.training
     model.eval()
     losses = {}
