@@ -1,0 +1,57 @@
+"""The README's Python runs as printed; only the Hub id and the pushing are replaced."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from tiny import tiny_folder, tiny_model, tiny_tokenizer
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+TEXTS = ["the quick brown fox jumps over the lazy dog"] * 8
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 60, (16, 8), generator=generator)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    return {
+        "model": tiny_model("llama"),
+        "tokenizer": tiny_tokenizer(),
+        "texts": TEXTS,
+        "held_out_texts": TEXTS,
+        "loader": [{"input_ids": ids}],
+        "train": rows,
+        "held_out": rows,
+        "LlamaForCausalLM": tf.LlamaForCausalLM,
+    }
+
+
+def test_the_trainer_block(names):
+    block = next(block for block in BLOCKS if "LayerProbeCallback" in block)
+    block = block.replace("eval_steps=100", "eval_steps=2, max_steps=4, use_cpu=True")
+    *lines, last = block.strip().splitlines()
+    exec("\n".join(lines), names)
+    assert len(eval(last.replace("layer_07", "layer_03"), names)) == 2
+
+
+def test_the_pruning_block(names, tmp_path, monkeypatch):
+    folder, pushed = tiny_folder(tmp_path / "model"), []
+    for kind in (tf.PreTrainedModel, tf.PreTrainedTokenizerBase):
+        monkeypatch.setattr(kind, "push_to_hub", lambda self, repo_id: pushed.append((type(self), repo_id)))
+    block = next(block for block in BLOCKS if "push_to_hub" in block)
+    block = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(folder)).replace("ratio=0.1", "ratio=0.25")
+    exec(block, names)
+    assert type(names["smaller"]) is tf.LlamaForCausalLM
+    assert [repo_id for _, repo_id in pushed] == ["me/smaller"] * 2
+    assert type(tf.AutoModelForCausalLM.from_pretrained("smaller")) is tf.LlamaForCausalLM
+
+
+def test_the_block_of_functions(names):
+    block = next(block for block in BLOCKS if "docs_similarity" in block)
+    exec(block.replace("remove=[3, 12]", "remove=[3, 1]"), names)
+    assert names["maps"]["q"].shape == (4, 4)
