@@ -1,6 +1,6 @@
 """Naming the matrices of a layer and reading them."""
 
 from .naming import KINDS, find_modules
-from .read import layer_matrices, read_matrices
+from .read import LiveWeights, layer_matrices, one_matrix, read_matrices
 
-__all__ = ["KINDS", "find_modules", "layer_matrices", "read_matrices"]
+__all__ = ["KINDS", "LiveWeights", "find_modules", "layer_matrices", "one_matrix", "read_matrices"]
