@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, GQA, TEXT, tiny_model
 
 from hf_layerprobe import LayerProbeError, find_stacks
-from hf_layerprobe.weights import layer_matrices, shards
-from hf_layerprobe.weights.checkpoint import open_checkpoint
+from hf_layerprobe.weights import Checkpoint, layer_matrices, one_matrix, open_checkpoint, shards
 
 MOE = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16)
 # Models whose files differ from their modules: experts on their own, fused projections, renamed modules.
@@ -36,6 +35,10 @@ CONVERTED = {
 }  # fmt: skip
 
 
+def matrix(checkpoint: Checkpoint, layer: int, kind: str) -> torch.Tensor:
+    return one_matrix(checkpoint.parts(layer, kind), kind)
+
+
 def assert_same_matrices(folder: Path, model: tf.PreTrainedModel) -> None:
     for stack in find_stacks(model):
         checkpoint = open_checkpoint(folder, stack=stack.path)
@@ -46,11 +49,11 @@ def assert_same_matrices(folder: Path, model: tf.PreTrainedModel) -> None:
             kinds |= set(live)
             for kind in checkpoint.kinds:
                 if kind not in live:
-                    assert checkpoint.shape(index, kind) is None
+                    assert checkpoint.shapes(index, kind) == checkpoint.parts(index, kind) == []
                     continue
-                found = checkpoint.matrix(index, kind)
+                found = matrix(checkpoint, index, kind)
                 assert found.dtype == live[kind].dtype
-                assert checkpoint.shape(index, kind) == tuple(found.shape)
+                assert checkpoint.shapes(index, kind) == [tuple(part.shape) for part in checkpoint.parts(index, kind)]
                 assert torch.equal(found, live[kind]), (stack.path, index, kind)
         assert set(checkpoint.kinds) == kinds
 
@@ -103,8 +106,7 @@ def test_layers_that_lack_a_kind(tmp_path):
     )  # fmt: skip
     tf.JambaForCausalLM(config).save_pretrained(tmp_path)
     assert_same_matrices(tmp_path, tf.JambaForCausalLM.from_pretrained(tmp_path))
-    with pytest.raises(LayerProbeError, match="no q matrix of layer 0"):
-        open_checkpoint(tmp_path).matrix(0, "q")
+    assert open_checkpoint(tmp_path).parts(0, "q") == []
 
 
 def test_parameters_that_layers_share(tmp_path):
@@ -116,7 +118,7 @@ def test_parameters_that_layers_share(tmp_path):
     tf.ZambaForCausalLM(config).save_pretrained(tmp_path)
     assert_same_matrices(tmp_path, tf.ZambaForCausalLM.from_pretrained(tmp_path))
     checkpoint = open_checkpoint(tmp_path)
-    assert torch.equal(checkpoint.matrix(2, "q"), checkpoint.matrix(4, "q"))
+    assert torch.equal(matrix(checkpoint, 2, "q"), matrix(checkpoint, 4, "q"))
 
 
 # 8-bit floats
@@ -184,7 +186,7 @@ def test_8_bit_floats_are_multiplied_by_their_scales(case, tmp_path):
         for kind in checkpoint.kinds:
             room = "self_attn" if kind in "qkvo" else "mlp"
             expected = exact[f"model.layers.{layer}.{room}.{kind}_proj.weight"]
-            found = checkpoint.matrix(layer, kind)
+            found = matrix(checkpoint, layer, kind)
             assert found.dtype == torch.bfloat16
             assert torch.equal(found, expected), (layer, kind)
 
@@ -202,7 +204,7 @@ def test_8_bit_experts_are_dequantised_one_by_one(tmp_path):
     edit(tmp_path / "config.json", quantization_config={"quant_method": "fp8"})
     checkpoint = open_checkpoint(tmp_path)
     for kind in ("gate", "up", "down"):
-        found, live = checkpoint.matrix(1, kind), layer_matrices(model.model.layers[1], model.config)[kind]
+        found, live = matrix(checkpoint, 1, kind), layer_matrices(model.model.layers[1], model.config)[kind]
         assert found.shape == live.shape
         assert (found - live).abs().max() < live.abs().max() / 8
 
@@ -211,7 +213,7 @@ def test_8_bit_floats_without_their_scale(tmp_path):
     save_float8(tmp_path, *FLOAT8_CASES["blocks"])
     drop_tensor(tmp_path / "model.safetensors", "model.layers.2.mlp.up_proj.weight_scale_inv")
     with pytest.raises(LayerProbeError, match=r"layers\.2\.mlp\.up_proj\.weight'.*scale is not in the checkpoint"):
-        open_checkpoint(tmp_path).matrix(2, "up")
+        matrix(open_checkpoint(tmp_path), 2, "up")
 
 
 @pytest.mark.parametrize("scale", [torch.ones(5, 5), torch.ones(2, 2, 2), torch.ones(2, 2, dtype=torch.uint8)])
@@ -221,7 +223,7 @@ def test_scales_that_do_not_fit(scale, tmp_path):
     tensors["model.layers.0.self_attn.q_proj.weight_scale_inv"] = scale
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(LayerProbeError, match="q_proj.weight_scale_inv.*does not fit"):
-        open_checkpoint(tmp_path).matrix(0, "q")
+        matrix(open_checkpoint(tmp_path), 0, "q")
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_integer_weights_are_refused(tmp_path):
     key = "model.layers.1.self_attn.q_proj.weight"
     save_file(tensors | {key: tensors[key].to(torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(LayerProbeError, match=r"q_proj.weight' is quantised \(torch.int8\).*dequantised"):
-        open_checkpoint(tmp_path).matrix(1, "q")
+        matrix(open_checkpoint(tmp_path), 1, "q")
 
 
 # The Hub
@@ -281,11 +283,11 @@ def test_only_files_with_matrices_that_are_read_are_fetched(hub):
     assert asked == ["model.safetensors", "model.safetensors.index.json"]
     asked.clear()
     live = tiny_model("llama")
-    assert torch.equal(checkpoint.matrix(1, "up"), live.model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(matrix(checkpoint, 1, "up"), live.model.layers[1].mlp.up_proj.weight)
     assert asked == [weight_map["model.layers.1.mlp.up_proj.weight"]]
     for layer in range(4):
         for kind in checkpoint.kinds:
-            checkpoint.matrix(layer, kind)
+            checkpoint.parts(layer, kind)
     needed = {shard for key, shard in weight_map.items() if "_proj" in key}
     assert set(asked) == needed
     assert len(asked) == len(needed)  # each once
@@ -303,7 +305,7 @@ def test_a_shard_that_cannot_be_fetched(hub):
     shard = weight_map["model.layers.1.mlp.up_proj.weight"]
     (snapshot / shard).unlink()
     with pytest.raises(LayerProbeError, match=f"index.json of 'some/model' names the file '{shard}'"):
-        open_checkpoint(name).matrix(1, "up")
+        matrix(open_checkpoint(name), 1, "up")
 
 
 # Bad input
@@ -378,7 +380,7 @@ def test_a_tensor_that_its_shard_does_not_hold(folder):
     shard = shard_of(folder, Q)
     drop_tensor(shard, Q)
     with pytest.raises(LayerProbeError, match=f"Cannot read the tensor '{Q}' from .*{shard.name}"):
-        open_checkpoint(folder).matrix(1, "q")
+        matrix(open_checkpoint(folder), 1, "q")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-40], lambda data: b"\xff" * 64, lambda data: b""])
@@ -386,7 +388,7 @@ def test_damaged_files(folder, damage, tmp_path):
     shard = shard_of(folder, Q)
     shard.write_bytes(damage(shard.read_bytes()))
     with pytest.raises(LayerProbeError, match=f"Cannot read the tensor '{Q}' from .*{shard.name}.*damaged"):
-        open_checkpoint(folder).matrix(1, "q")
+        matrix(open_checkpoint(folder), 1, "q")
 
 
 def test_a_damaged_single_file(tmp_path):
@@ -402,7 +404,7 @@ def test_another_shape_than_the_config_says(folder):
     with pytest.raises(
         LayerProbeError, match=r"layers.0.mlp.up_proj.weight' is \(48, 32\) in the files.*\(40, 32\) by"
     ):
-        open_checkpoint(folder).matrix(0, "up")
+        matrix(open_checkpoint(folder), 0, "up")
 
 
 def test_an_expert_that_is_missing(tmp_path):
@@ -411,7 +413,7 @@ def test_an_expert_that_is_missing(tmp_path):
         key = next(key for key in file.keys() if "layers.1" in key and ".experts.2.w2" in key)  # noqa: SIM118
     drop_tensor(tmp_path / "model.safetensors", key)
     with pytest.raises(LayerProbeError, match=r"experts.down_proj' is \(2, 32, 48\) in the files.*\(3, 32, 48\) by"):
-        open_checkpoint(tmp_path).matrix(1, "down")
+        matrix(open_checkpoint(tmp_path), 1, "down")
 
 
 def test_experts_that_cannot_be_stacked(tmp_path):
@@ -420,7 +422,7 @@ def test_experts_that_cannot_be_stacked(tmp_path):
     key = next(key for key in tensors if "layers.1" in key and ".experts.2.w2" in key)
     save_file(tensors | {key: torch.zeros(3, 3)}, tmp_path / "model.safetensors")
     with pytest.raises(LayerProbeError, match="experts.down_proj' cannot be made from the 3 tensors"):
-        open_checkpoint(tmp_path).matrix(1, "down")
+        matrix(open_checkpoint(tmp_path), 1, "down")
 
 
 @pytest.mark.parametrize("names, message", [(None, "'no class'"), (["NoSuchModel"], "'NoSuchModel'")])
@@ -447,7 +449,7 @@ def test_a_model_without_a_stack(tmp_path):
 @pytest.mark.parametrize("layer, kind", [(4, "q"), (-1, "q"), (0, "qq")])
 def test_layers_and_kinds_that_are_not_there(folder, layer, kind):
     with pytest.raises(LayerProbeError, match="has layers 0 to 3 with matrices q, k, v, o, gate, up, down"):
-        open_checkpoint(folder).matrix(layer, kind)
+        matrix(open_checkpoint(folder), layer, kind)
 
 
 def test_values_that_are_not_finite(tmp_path):
@@ -455,7 +457,7 @@ def test_values_that_are_not_finite(tmp_path):
     model.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(LayerProbeError, match="the up matrix of layer 2.*NaN"):
-        open_checkpoint(tmp_path).matrix(2, "up")
+        matrix(open_checkpoint(tmp_path), 2, "up")
 
 
 # Memory
@@ -472,7 +474,7 @@ def read(folder):
     checkpoint = open_checkpoint(folder)
     for layer in range(checkpoint.num_layers):
         for kind in checkpoint.kinds:
-            checkpoint.matrix(layer, kind)
+            checkpoint.parts(layer, kind)
 
 read(sys.argv[2])  # imports and thread pools are not the checkpoint's
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here

@@ -22,10 +22,10 @@ from transformers.utils import logging
 from ..errors import LayerProbeError
 from ..progress import progress
 from ..stacks import LayerStack, resolve_stack
-from ..weights import KINDS, LiveWeights, one_matrix
+from ..weights import KINDS, Checkpoint, LiveWeights, one_matrix, open_checkpoint
 from .block_store import BlockStore
 from .docs import SOURCE, chance_level, check_axis, docs_index
-from .indices import INDICES
+from .indices import INDICES, Features
 from .matching import best_matches, unit_vectors
 from .similarity import SimilarityMatrix
 
@@ -120,7 +120,7 @@ def docs(
     todo = [block for block in blocks if block.key not in rows]
     logger.info(f"{index}: {sum(len(b.columns) for b in todo)} pairs, {2e-12 * sum(b.cost for b in todo):.2f} TFLOP")
     first = lru_cache(maxsize=1)(lambda kind, unit: here.load(kind, unit, index))
-    second = lru_cache(maxsize=there.cached(blocks))(lambda kind, unit: there.load(kind, unit, index))
+    second = lru_cache(maxsize=there.cached())(lambda kind, unit: there.load(kind, unit, index))
     found = {}
     for block in progress(_mine(todo), desc=index.upper(), unit="row"):
         row = first(block.kind, here.units[block.kind][block.row])
@@ -164,24 +164,22 @@ class _Side:
         size = sum(shape[joined] for shape in parts)
         return [(Unit(layer), (parts[0][0], size) if joined else (size, parts[0][1]))]
 
-    def load(self, kind: str, unit: Unit, index: str) -> torch.Tensor:
-        """Vectors as rows `[m, n]`: unit vectors for DOCS, as stored for its rivals."""
+    def load(self, kind: str, unit: Unit, index: str) -> torch.Tensor | Features:
+        """Vectors as rows `[m, n]`: unit vectors for DOCS, with their decompositions cached for its rivals."""
         parts = self.weights.parts(unit.layer, kind)
         matrix = one_matrix(parts, kind) if unit.expert is None else parts[unit.expert]
         if index == "docs":
             return unit_vectors(matrix, self.axis)
-        return matrix if self.axis == "out" else matrix.T
+        return Features(matrix if self.axis == "out" else matrix.T)
 
-    def cached(self, blocks: list[Block]) -> int:
-        """How many matrices of the largest size fit into the cache; two at least."""
+    def cached(self) -> int:
+        """How many matrices of the largest size fit into the cache."""
         largest = max((4 * m * n for m, n in self.shapes.values()), default=1)
-        return max(2, CACHE // largest)
+        return max(1, CACHE // largest)
 
 
-def _open(model, stack, kinds):
+def _open(model, stack, kinds) -> LiveWeights | Checkpoint:
     if isinstance(model, (str, Path)):
-        from ..weights import open_checkpoint
-
         return open_checkpoint(model, stack=stack, kinds=kinds)
     return LiveWeights(resolve_stack(model, stack), kinds)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -14,19 +14,22 @@ from ..errors import LayerProbeError
 from ..loading import load_class
 from ..stacks import LayerStack, resolve_stack
 from .conversion import find_sources, load_parameter
-from .naming import KINDS, NamedWeight, find_modules
+from .naming import NamedWeight, find_modules
 from .quantised import find_quantisation, read_float
-from .read import layer_matrices
+from .read import check_readable, matrix_parts, present_kinds
 from .shards import Shards
 
 
-def open_checkpoint(name_or_path: str | Path, *, stack: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    name_or_path: str | Path, *, stack: str | LayerStack | None = None, kinds: Sequence[str] | None = None
+) -> Checkpoint:
     """Opens a checkpoint to read its matrices from the files; no weights are loaded yet.
 
     Args:
         name_or_path: A local folder with `config.json` and safetensors, or a Hub id (the only case that may use the
             network). Of a Hub checkpoint in several files, only those with matrices that are asked for are fetched.
         stack: Path of the stack; the main one by default.
+        kinds: Some of q, k, v, o, gate, up, down; all that the model has by default.
 
     Raises:
         LayerProbeError: No checkpoint there, or none in safetensors; its class is not in Transformers; it has no stack;
@@ -53,7 +56,7 @@ def open_checkpoint(name_or_path: str | Path, *, stack: str | None = None) -> Ch
         model = model_class(config)
     found = resolve_stack(model, stack)
     shards = Shards(name)
-    checkpoint = Checkpoint(found, shards, quantisation.get("weight_block_size"))
+    checkpoint = Checkpoint(found, shards, present_kinds(found, kinds), quantisation.get("weight_block_size"))
     if is_folder:  # fail now rather than after an hour; a Hub checkpoint is fetched as it is read
         checkpoint.locate()
     return checkpoint
@@ -66,22 +69,23 @@ class Checkpoint:
 
     Attributes:
         stack: The layers, on the meta device (shapes without values).
-        kinds: The kinds of matrix that any layer has, in the order of `KINDS`.
+        kinds: The kinds of matrix to read, in the order of `KINDS`.
     """
 
-    def __init__(self, stack: LayerStack, shards: Shards, block: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, stack: LayerStack, shards: Shards, kinds: tuple[str, ...], block: tuple[int, int] | None = None
+    ) -> None:
         self.stack = stack
+        self.kinds = kinds
         self._shards = shards
         self._block = block
         self._sources = find_sources(stack.model, shards.keys)
-        weights = [named for layer in range(self.num_layers) for named in self._weights(layer, stack.layers[layer])]
-        self._names = [name for name, _ in weights]
-        self.kinds = tuple(kind for kind in KINDS if any(kind in weight.kinds for _, weight in weights))
-        if not self.kinds:
-            raise LayerProbeError(
-                f"The layers of {stack.path!r} ({type(stack.layers[0]).__name__}) have no matrix of a known name; the "
-                f"kinds are {', '.join(KINDS)}."
-            )
+        self._names = [
+            name
+            for layer in range(self.num_layers)
+            for name, weight in self._weights(layer, stack.layers[layer])
+            if set(kinds) & set(weight.kinds)
+        ]
         if missing := [name for name in self._names if name not in self._sources]:
             raise LayerProbeError(
                 f"The checkpoint {shards.name!r} has no tensor for {len(missing)} of the {len(self._names)} matrices of "
@@ -102,8 +106,8 @@ class Checkpoint:
         """
         self._shards.locate(key for name in self._names for key, _ in self._sources[name].keys)
 
-    def shape(self, layer: int, kind: str) -> tuple[int, int] | None:
-        """`(out, in)` of a matrix without reading it; None for a layer that lacks that kind.
+    def shapes(self, layer: int, kind: str) -> list[tuple[int, int]]:
+        """`(out, in)` of the matrices of `parts`, without reading them.
 
         Raises:
             LayerProbeError: No such layer, a kind that no layer has, or one that cannot be told apart in this layer.
@@ -113,29 +117,34 @@ class Checkpoint:
                 f"{self.stack.path!r} has layers 0 to {self.num_layers - 1} with matrices {', '.join(self.kinds)}; got "
                 f"layer {layer!r}, kind {kind!r}."
             )
-        matrix = layer_matrices(self.stack.layers[layer], self.stack.model.config, [kind]).get(kind)
-        return None if matrix is None else tuple(matrix.shape)
+        parts = matrix_parts(self.stack.layers[layer], self.stack.model.config, kind)
+        return [tuple(part.shape) for part in parts]
 
-    def matrix(self, layer: int, kind: str) -> torch.Tensor:
-        """The matrix [out, in], read now, in the dtype it is stored in (8-bit floats: that of the config).
+    def parts(self, layer: int, kind: str) -> list[torch.Tensor]:
+        """The matrices of that kind in one layer, `[out, in]` each, read now: several for a mixture of experts.
+
+        In the dtype they are stored in (8-bit floats: that of the config); none for a layer that lacks the kind.
 
         Raises:
-            LayerProbeError: As [`shape`], and: the layer lacks that kind; its file is damaged; the tensor has another
-                shape than the config says, is quantised, or holds NaN or infinite values.
+            LayerProbeError: As [`shapes`], and: a file is damaged; a tensor has another shape than the config says, is
+                quantised, or holds NaN or infinite values.
         """
-        where = f"the {kind} matrix of layer {layer} ({self.stack.path})"
-        if self.shape(layer, kind) is None:
-            raise LayerProbeError(f"There is no {where.removeprefix('the ')}: that layer has none.")
+        if not self.shapes(layer, kind):
+            return []
         # The splitting works on modules, so the values go into a copy of the layer; all its other parameters stay empty.
         module = deepcopy(self.stack.layers[layer])
         for name, weight in list(self._weights(layer, module)):
             if kind in weight.kinds:
                 values = self._read(name, getattr(weight.owner, weight.parameter).shape)
                 weight.owner.register_parameter(weight.parameter, nn.Parameter(values, requires_grad=False))
-        matrix = layer_matrices(module, self.stack.model.config, [kind])[kind]
-        if not torch.isfinite(matrix).all():
-            raise LayerProbeError(f"Cannot use {where}: it holds NaN or infinite values.")
-        return matrix
+        parts = matrix_parts(module, self.stack.model.config, kind)
+        for part in parts:
+            check_readable(part, f"the {kind} matrix of layer {layer} ({self.stack.path})")
+        return parts
+
+    def fingerprint(self) -> str:
+        """What tells this checkpoint from others: its commit on the Hub, or its files with their sizes and times."""
+        return self._shards.version()
 
     def _weights(self, layer: int, module: nn.Module) -> Iterator[tuple[str, NamedWeight]]:
         """The named weights of a layer (or of a copy of it), each with its parameter's name in the model."""

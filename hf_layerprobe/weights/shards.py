@@ -67,6 +67,13 @@ class Shards:
                 "index; save or download the checkpoint again."
             ) from error
 
+    def version(self) -> str:
+        """The commit on the Hub, or the files with their sizes and times."""
+        if self._commit is not None:
+            return self._commit
+        paths = [Path(self._path(shard)) for shard in sorted(set(self._shard_of.values()))]
+        return "; ".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
+
     def _list_tensors(self) -> dict[str, str]:
         """Tensor name → file name."""
         try:
