@@ -119,13 +119,12 @@ def docs(
     rows = store.load() if store is not None else {}
     todo = [block for block in blocks if block.key not in rows]
     logger.info(f"{index}: {sum(len(b.columns) for b in todo)} pairs, {2e-12 * sum(b.cost for b in todo):.2f} TFLOP")
-    first = lru_cache(maxsize=1)(lambda kind, unit: here.load(kind, unit, index))
     second = lru_cache(maxsize=there.cached())(lambda kind, unit: there.load(kind, unit, index))
+    first = second if there is here else lru_cache(maxsize=1)(lambda kind, unit: here.load(kind, unit, index))
     found = {}
     for block in progress(_mine(todo), desc=index.upper(), unit="row"):
-        row = first(block.kind, here.units[block.kind][block.row])
         partners = (second(block.kind, there.units[block.kind][column]) for column in block.columns)
-        found[block.key] = _compare(row, partners, index, sample, seed)
+        found[block.key] = _compare(first(block.kind, here.units[block.kind][block.row]), partners, index, sample, seed)
         if store is not None:
             store.save(block.key, found[block.key])
     rows |= _gathered(found)
@@ -173,9 +172,9 @@ class _Side:
         return Features(matrix if self.axis == "out" else matrix.T)
 
     def cached(self) -> int:
-        """How many matrices of the largest size fit into the cache."""
+        """How many matrices of the largest size to keep, the one in use not counted."""
         largest = max((4 * m * n for m, n in self.shapes.values()), default=1)
-        return max(1, CACHE // largest)
+        return max(0, CACHE // largest - 1)
 
 
 def _open(model, stack, kinds) -> LiveWeights | Checkpoint:
@@ -229,6 +228,7 @@ def _compare(
             matches.append((best_matches(some, other)[0], best_matches(few, row)[0]))
             # Sampling without replacement: no error is left when all vectors are in the sample.
             shares.append(1 - min(len(some) / len(row), len(few) / len(other)))
+        del other  # before the next one is read
     values = iter(docs_index([pair for pair in matches if pair is not None]))
     results = [[float("nan"), float("nan")] if pair is None else list(next(values)) for pair in matches]
     if sample is not None:

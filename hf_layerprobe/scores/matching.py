@@ -6,6 +6,8 @@ No n × n matrix exists: the product is taken tile by tile, and only its row and
 from __future__ import annotations
 
 import time
+import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,13 +16,13 @@ import torch
 
 from ..precision import widest
 
-# A tile of cosines (4 MB in float32) stays in the second-level cache while its maxima are taken.
-TILE = 1024
-# From this many vectors on, the error of products in bfloat16 averages out below 1e-5 (measured on random weights:
-# 1e-4 for one cosine, independent from vector to vector). With fewer, the best cosines are computed again in float32.
-AVERAGES_OUT = 1024
-# With fewer than this, one partner that the search mistakes for a nearly equal one would show, and speed does not.
+# Vectors in a tile of cosines (16 MB in float32). A power of two: the partner's place in the tile is written into the
+# lowest bits of its cosine.
+TILE = 2048
+PART = 256
+# With fewer vectors, one partner that the search mistakes for a nearly equal one would show, and speed does not.
 SMALL = 128
+# The bits of a non-negative float32, read as an integer, are ordered like the float itself.
 SIGN = 0x7FFFFFFF
 
 
@@ -34,44 +36,91 @@ def unit_vectors(matrix: torch.Tensor, axis: str) -> torch.Tensor:
     rows = matrix.detach() if axis == "out" else matrix.detach().T
     units = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     dead = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
-    for start in range(0, len(rows), TILE):  # in parts: the wide copies below are larger than the result
-        part = rows[start : start + TILE]
+    for start in range(0, len(rows), PART):  # in parts: the wide copies below are larger than the result
+        part = rows[start : start + PART]
         # float64 norms: a float32 sum of squares overflows above 1e19 and loses small vectors.
         norms = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=widest(rows.device))
-        dead[start : start + TILE] = norms[:, 0] == 0
-        torch.div(part, norms, out=units[start : start + TILE])
+        dead[start : start + PART] = norms[:, 0] == 0
+        torch.div(part, norms, out=units[start : start + PART])
     return units[~dead] if dead.any() else units
 
 
 def best_matches(X: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest absolute cosine of each vector of X `[m, n]` in Y `[p, n]`, and of each of Y in X: `[m]`, `[p]`."""
-    vectors = min(len(X), len(Y))
-    fast = vectors >= SMALL and _bfloat16_is_faster(X.device.type)
-    if fast and vectors < AVERAGES_OUT:
-        return _searched(X, Y)
+    """Largest absolute cosine of each vector of X `[m, n]` in Y `[p, n]`, and of each of Y in X: `[m]`, `[p]`.
+
+    Where the device gains from it, partners are searched with products of bfloat16 parts, which are off by about 1e-4,
+    and the cosines with the partners found are computed in float32. A partner that the search prefers by mistake is one
+    whose cosine is nearly the largest.
+    """
+    if min(len(X), len(Y)) >= SMALL and _bfloat16_is_faster(X.device.type):
+        with _bfloat16_products(True):
+            partner_x, partner_y = _search(X, Y)
+        return _cosines(X, Y, partner_x), _cosines(Y, X, partner_y)
     best_x, best_y = X.new_zeros(len(X)), X.new_zeros(len(Y))
-    with _bfloat16_products(fast):
-        for rows, columns, cosines in _tiles(X, Y):
-            torch.maximum(best_x[rows], cosines.amax(1).view(torch.float32), out=best_x[rows])
-            torch.maximum(best_y[columns], cosines.amax(0).view(torch.float32), out=best_y[columns])
+    for rows, columns, cosines in _tiles(X, Y):
+        torch.maximum(best_x[rows], cosines.amax(1).view(torch.float32), out=best_x[rows])
+        torch.maximum(best_y[columns], cosines.amax(0).view(torch.float32), out=best_y[columns])
     return best_x, best_y
 
 
-def _searched(X: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best partners found with bfloat16 products, their cosines computed in float32."""
-    with _bfloat16_products(True):
-        cosines = (X @ Y.T).view(torch.int32).bitwise_and_(SIGN)
-    partner_x, partner_y = cosines.max(1).indices, cosines.max(0).indices
-    return torch.linalg.vecdot(X, Y[partner_x]).abs_(), torch.linalg.vecdot(Y, X[partner_y]).abs_()
+def _search(X: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The partner of each vector of X in Y, and of each of Y in X: `[m]`, `[p]` indices."""
+    place = torch.arange(TILE, dtype=torch.int32, device=X.device)
+    best_x: dict[int, list[torch.Tensor]] = defaultdict(list)  # first row of a tile → its maxima, tile by tile
+    best_y: dict[int, list[torch.Tensor]] = defaultdict(list)
+    packed = torch.empty(min(TILE, len(X)) * min(TILE, len(Y)), dtype=torch.int32, device=X.device)
+    for rows, columns, cosines in _tiles(X, Y, keep=SIGN & ~(TILE - 1)):
+        height, width = cosines.shape
+        # Value and place in one integer: one maximum finds both, at the speed of the value alone.
+        by_row = torch.bitwise_or(cosines, place[:width], out=packed[: height * width].view(height, width))
+        best_x[rows.start].append(by_row.amax(1))
+        best_y[columns.start].append(cosines.bitwise_or_(place[:height, None]).amax(0))
+    return _unpacked(best_x), _unpacked(best_y)
 
 
-def _tiles(X: torch.Tensor, Y: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """(rows, columns, absolute cosines as the integers whose bits they are: those compare alike, and faster)."""
+def _unpacked(best: dict[int, list[torch.Tensor]]) -> torch.Tensor:
+    """Partners of all vectors from the packed maxima of each tile."""
+    partners = []
+    for maxima in best.values():
+        largest, tile = torch.stack(maxima).max(0)
+        partners.append(tile * TILE + (largest & (TILE - 1)))
+    return torch.cat(partners)
+
+
+def _cosines(X: torch.Tensor, Y: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+    """Absolute cosine of each vector of X with its partner in Y, float32."""
+    if X.device.type != "cpu":
+        return torch.linalg.vecdot(X, Y[partners]).abs_()
+    # The product of X and Yᵀ at these places only: no copy of the partners is made.
+    _hush_sparse()
+    places = torch.sparse_csr_tensor(
+        torch.arange(len(X) + 1), partners, X.new_zeros(len(X)), (len(X), len(Y)), check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(places, X, Y.T, beta=0).values().abs_()
+
+
+@cache
+def _hush_sparse() -> None:
+    """Torch says once a process that sparse tensors are in beta, to whoever makes the first."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.eye(1).to_sparse_csr()
+
+
+def _tiles(X: torch.Tensor, Y: torch.Tensor, keep: int = SIGN) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """(rows, columns, absolute cosines as integers: those of their bits that are in `keep`).
+
+    The next tile overwrites the last.
+    """
+    buffer = X.new_empty(min(TILE, len(X)) * min(TILE, len(Y)))
     for start in range(0, len(X), TILE):
+        rows = X[start : start + TILE]
         for other in range(0, len(Y), TILE):
-            cosines = X[start : start + TILE] @ Y[other : other + TILE].T
-            rows, columns = slice(start, start + TILE), slice(other, other + TILE)
-            yield rows, columns, cosines.view(torch.int32).bitwise_and_(SIGN)
+            columns = Y[other : other + TILE]
+            cosines = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
+            torch.mm(rows, columns.T, out=cosines)
+            bits = cosines.view(torch.int32).bitwise_and_(keep)
+            yield slice(start, start + len(rows)), slice(other, other + len(columns)), bits
 
 
 @contextmanager

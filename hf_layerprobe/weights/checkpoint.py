@@ -117,7 +117,7 @@ class Checkpoint:
                 f"{self.stack.path!r} has layers 0 to {self.num_layers - 1} with matrices {', '.join(self.kinds)}; got "
                 f"layer {layer!r}, kind {kind!r}."
             )
-        parts = matrix_parts(self.stack.layers[layer], self.stack.model.config, kind)
+        parts = matrix_parts(self.stack.layers[layer], self.stack.owner.config, kind)
         return [tuple(part.shape) for part in parts]
 
     def parts(self, layer: int, kind: str) -> list[torch.Tensor]:
@@ -137,7 +137,7 @@ class Checkpoint:
             if kind in weight.kinds:
                 values = self._read(name, getattr(weight.owner, weight.parameter).shape)
                 weight.owner.register_parameter(weight.parameter, nn.Parameter(values, requires_grad=False))
-        parts = matrix_parts(module, self.stack.model.config, kind)
+        parts = matrix_parts(module, self.stack.owner.config, kind)
         for part in parts:
             check_readable(part, f"the {kind} matrix of layer {layer} ({self.stack.path})")
         return parts

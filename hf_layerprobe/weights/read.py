@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import LayerProbeError
 from ..stacks import LayerStack
-from .naming import KINDS, MLP_KINDS, NamedWeight, find_modules
+from .naming import KINDS, MLP_KINDS, OTHER_PACKING, NamedWeight, find_modules
 
 
 class LiveWeights:
@@ -28,7 +28,7 @@ class LiveWeights:
 
     def __init__(self, stack: LayerStack, kinds: Sequence[str] | None = None):
         self.stack = stack
-        self.config = getattr(stack.model, "config", None)
+        self.config = getattr(stack.owner, "config", None)
         self.kinds = present_kinds(stack, kinds)
 
     def parts(self, layer: int, kind: str) -> list[torch.Tensor]:
@@ -107,7 +107,8 @@ def check_readable(matrix: torch.Tensor, where: str) -> None:
         )
     if not matrix.is_floating_point():
         raise LayerProbeError(f"Cannot read {where}: it is quantised ({matrix.dtype}); load it dequantised.")
-    if not torch.isfinite(matrix).all():
+    # Both ends are finite just when all values are: NaN wins in either. One pass, and nothing as large as the matrix.
+    if not torch.isfinite(torch.stack(torch.aminmax(matrix))).all():
         raise LayerProbeError(f"Cannot use {where}: it holds NaN or infinite values.")
 
 
@@ -149,17 +150,23 @@ def _split(weight: NamedWeight, config: PreTrainedConfig | None) -> list[list[to
     """The [out, in] matrices inside one parameter, a list for each of `weight.kinds`."""
     tensor = getattr(weight.owner, weight.parameter).detach()
     if weight.packing == "experts":
-        return _split_experts(weight, tensor)
+        return _split_experts(weight, tensor, config)
     if isinstance(weight.owner, Conv1D):  # stored as [in, out]
         tensor = tensor.T
-    if weight.packing == "heads":
+    if len(weight.kinds) < 3:
+        return [[part] for part in tensor.chunk(len(weight.kinds))]
+    packing = OTHER_PACKING.get(getattr(config, "model_type", ""), weight.packing)
+    if packing == "heads":
         return _split_by_head(tensor, config)
-    heads = getattr(config, "num_attention_heads", None)
-    groups = getattr(config, "num_key_value_heads", None)
-    if len(weight.kinds) == 3 and heads and groups and groups != heads:
-        unit = len(tensor) // (heads + 2 * groups)
-        return [[part] for part in tensor.split([heads * unit, groups * unit, groups * unit])]
-    return [[part] for part in tensor.chunk(len(weight.kinds))]
+    heads = getattr(config, "num_attention_heads", 1)
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if packing != "rows" or len(tensor) % (heads + 2 * groups):
+        raise LayerProbeError(
+            f"How {getattr(config, 'model_type', 'this model')} packs query, key and value into {len(tensor)} rows is not "
+            f"known ({heads} heads, {groups} key-value heads by its config); choose other kinds."
+        )
+    unit = len(tensor) // (heads + 2 * groups)
+    return [[part] for part in tensor.split([heads * unit, groups * unit, groups * unit])]
 
 
 def _split_by_head(tensor: torch.Tensor, config: PreTrainedConfig | None) -> list[list[torch.Tensor]]:
@@ -175,10 +182,16 @@ def _split_by_head(tensor: torch.Tensor, config: PreTrainedConfig | None) -> lis
     return [[blocks[:, part].flatten(0, -2)] for part in (slice(0, queries), queries, queries + 1)]
 
 
-def _split_experts(weight: NamedWeight, tensor: torch.Tensor) -> list[list[torch.Tensor]]:
+def _split_experts(
+    weight: NamedWeight, tensor: torch.Tensor, config: PreTrainedConfig | None
+) -> list[list[torch.Tensor]]:
     """Stacked experts [experts, out, in], gate above up."""
-    if getattr(weight.owner, "is_transposed", False):  # stored as [experts, in, out] with interleaved gate and up
+    hidden = getattr(config, "hidden_size", None)
+    stream = tensor.shape[1] if weight.kinds == ("down",) else tensor.shape[2]
+    # Some classes store [experts, in, out]; by their shape alone they cannot be told from others when out equals in.
+    other_way = getattr(weight.owner, "is_transposed", False) or "llama4" in getattr(config, "model_type", "")
+    if other_way or hidden not in (None, stream):
         raise LayerProbeError(
-            f"{type(weight.owner).__name__} stores its experts transposed; reading them is not supported."
+            f"{type(weight.owner).__name__} stores its experts transposed; reading them is not supported. Choose other kinds."
         )
     return [list(part) for part in tensor.chunk(len(weight.kinds), dim=1)]
