@@ -19,6 +19,8 @@ from ..precision import widest
 # Vectors in a tile of cosines (16 MB in float32). A power of two: the partner's place in the tile is written into the
 # lowest bits of its cosine.
 TILE = 2048
+COPIED = 1 << 23
+# Vectors made to unit length at a time.
 PART = 256
 # With fewer vectors, one partner that the search mistakes for a nearly equal one would show, and speed does not.
 SMALL = 128
@@ -75,15 +77,16 @@ def _search(X: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         by_row = torch.bitwise_or(cosines, place[:width], out=packed[: height * width].view(height, width))
         best_x[rows.start].append(by_row.amax(1))
         best_y[columns.start].append(cosines.bitwise_or_(place[:height, None]).amax(0))
-    return _unpacked(best_x), _unpacked(best_y)
+    step = _step(X.shape[1])
+    return _unpacked(best_x, step), _unpacked(best_y, step)
 
 
-def _unpacked(best: dict[int, list[torch.Tensor]]) -> torch.Tensor:
+def _unpacked(best: dict[int, list[torch.Tensor]], step: int) -> torch.Tensor:
     """Partners of all vectors from the packed maxima of each tile."""
     partners = []
     for maxima in best.values():
         largest, tile = torch.stack(maxima).max(0)
-        partners.append(tile * TILE + (largest & (TILE - 1)))
+        partners.append(tile * step + (largest & (TILE - 1)))
     return torch.cat(partners)
 
 
@@ -112,15 +115,21 @@ def _tiles(X: torch.Tensor, Y: torch.Tensor, keep: int = SIGN) -> Iterator[tuple
 
     The next tile overwrites the last.
     """
-    buffer = X.new_empty(min(TILE, len(X)) * min(TILE, len(Y)))
-    for start in range(0, len(X), TILE):
-        rows = X[start : start + TILE]
-        for other in range(0, len(Y), TILE):
-            columns = Y[other : other + TILE]
+    step = _step(X.shape[1])
+    buffer = X.new_empty(min(step, len(X)) * min(step, len(Y)))
+    for start in range(0, len(X), step):
+        rows = X[start : start + step]
+        for other in range(0, len(Y), step):
+            columns = Y[other : other + step]
             cosines = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
             torch.mm(rows, columns.T, out=cosines)
             bits = cosines.view(torch.int32).bitwise_and_(keep)
             yield slice(start, start + len(rows)), slice(other, other + len(columns)), bits
+
+
+def _step(length: int) -> int:
+    """Vectors in a tile: fewer of long ones, since a product keeps bfloat16 copies of the tile's vectors."""
+    return min(TILE, 1 << max(8, (COPIED // length).bit_length() - 1))
 
 
 @contextmanager
