@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import LayerProbeError
 
@@ -20,7 +20,13 @@ def load_model(name_or_path: str | Path) -> PreTrainedModel:
         LayerProbeError: The config names no class, or one that Transformers does not have.
         OSError: No such folder or Hub id.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
+    _, model_class = load_class(name_or_path)
+    return model_class.from_pretrained(name_or_path, dtype="auto")
+
+
+def load_class(name_or_path: str | Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The config of a checkpoint and the model class it names; raises as [`load_model`]."""
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)  # never asks, never runs its code
     name = (config.architectures or [""])[0]
     model_class = getattr(transformers, name, None) if name else None
     if model_class is None:
@@ -28,7 +34,7 @@ def load_model(name_or_path: str | Path) -> PreTrainedModel:
             f"The config of {str(name_or_path)!r} names {name or 'no class'!r} under architectures, which Transformers does "
             "not have. Load the model with its own class and pass the model."
         )
-    return model_class.from_pretrained(name_or_path, dtype="auto")
+    return config, model_class
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:

@@ -102,6 +102,55 @@ def test_mixtral_experts_are_one_wide_mlp():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_gpt_bigcode_packs_by_head():
+    config = tf.GPTBigCodeConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=64, multi_query=False)
+    layer = tf.GPTBigCodeForCausalLM(config).transformer.h[0]
+    x = torch.randn(3, 32)
+    fused = (layer.attn.c_attn(x) - layer.attn.c_attn.bias).view(3, 4, 24)
+    parts = layer_matrices(layer, config)
+    for kind, y in zip("qkv", fused.chunk(3, dim=-1), strict=True):
+        torch.testing.assert_close(x @ parts[kind].T, y.reshape(3, 32))
+
+
+def test_a_language_model_inside_another_is_split_by_its_own_config():
+    text = tf.Phi3Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, pad_token_id=0,
+    )  # fmt: skip
+    vision = tf.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(text_config=text, vision_config=vision, image_token_id=5))
+    found = {kind: len(matrix) for _, kind, matrix in read_matrices(find_stacks(model)[0], ["q", "k", "v"])}
+    assert found == dict(q=32, k=16, v=16)
+
+
+@pytest.mark.parametrize("model", ["codegen", "llama4"])
+def test_packings_that_are_not_known_are_refused(model):
+    if model == "codegen":
+        config = tf.CodeGenConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=64, rotary_dim=4)
+        stack, kind = find_stacks(tf.CodeGenForCausalLM(config))[0], "q"
+    else:
+        config = tf.Llama4TextConfig(
+            hidden_size=32, intermediate_size=16, intermediate_size_mlp=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, vocab_size=64, num_local_experts=2,
+        )  # fmt: skip
+        stack, kind = find_stacks(tf.Llama4ForCausalLM(config))[0], "up"
+    with pytest.raises(LayerProbeError, match="is not known|is not supported"):
+        list(read_matrices(stack, [kind]))
+    assert len(list(read_matrices(stack, ["o"]))) == 2
+
+
+def test_modernbert_fuses_gate_and_up():
+    config = tf.ModernBertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, pad_token_id=0
+    )
+    layer = tf.ModernBertModel(config).layers[1]
+    x, parts = torch.randn(3, 32), layer_matrices(layer, config)
+    expected = (torch.nn.functional.gelu(x @ parts["gate"].T) * (x @ parts["up"].T)) @ parts["down"].T
+    torch.testing.assert_close(layer.mlp(x), expected)
+
+
 def test_cross_attention_is_not_mistaken_for_self_attention():
     decoder = find_stacks(tiny_model("bart"))[1]
     for layer, kind, matrix in read_matrices(decoder, ["q"]):

@@ -2,11 +2,13 @@
 
 from . import baselines, influence, redundancy  # noqa: F401
 from .avss import avss
-from .docs import chance_level, docs, docs_similarity
+from .docs import chance_level, docs_similarity
 from .eavss import eavss
+from .layer_map import docs
 from .registry import SCORES
-from .results import LayerScores, SimilarityMatrix
+from .results import LayerScores
 from .run import score_layers
+from .similarity import SimilarityMatrix
 
 __all__ = [
     "SCORES",

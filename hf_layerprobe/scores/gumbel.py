@@ -9,8 +9,8 @@ import torch
 MAX_STEPS = 100
 
 
-def gumbel_location(samples: torch.Tensor) -> torch.Tensor:
-    """Location u of the Gumbel distribution that maximises the likelihood of each sample.
+def gumbel_fit(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Location u and scale β of the Gumbel distribution that maximises the likelihood of each sample.
 
     The scale β is the only root of g(β) = β − mean(s) + Σ s·e^(−s/β) / Σ e^(−s/β); g is increasing, with
     g′ = 1 + Var_w(s)/β² for the weights w ∝ e^(−s/β), so Newton's method inside a shrinking bracket always arrives.
@@ -20,7 +20,7 @@ def gumbel_location(samples: torch.Tensor) -> torch.Tensor:
         samples: `[..., m]`, any floating dtype; the arithmetic is float64.
 
     Returns:
-        `[...]`, float64.
+        `[...]` and `[...]`, float64.
     """
     s = samples.to("cpu" if samples.device.type == "mps" else samples.device).double()
     mean, low = s.mean(-1), s.amin(-1)
@@ -31,6 +31,7 @@ def gumbel_location(samples: torch.Tensor) -> torch.Tensor:
     # g(0+) < 0 and g(mean) >= 0 in shifted units, since the weighted mean is never negative.
     lower, upper = torch.zeros_like(shifted_mean), shifted_mean.clamp_min(1e-300)
     beta = (s.std(-1, correction=0) * math.sqrt(6) / math.pi).clamp_min(1e-300).minimum(upper)
+    settled = flat.clone()  # a fit that has arrived does not move on, so that it does not depend on its batch
     for _ in range(MAX_STEPS):
         weights = torch.softmax(-s / beta[..., None], -1)
         weighted_mean = (weights * s).sum(-1)
@@ -39,9 +40,10 @@ def gumbel_location(samples: torch.Tensor) -> torch.Tensor:
         lower, upper = torch.where(g < 0, beta, lower), torch.where(g < 0, upper, beta)
         step = beta - g / (1 + variance / beta.square())
         step = torch.where((step > lower) & (step < upper), step, (lower + upper) / 2)
-        done = (step - beta).abs() <= 1e-13 * beta
-        beta = step
-        if bool((done | flat).all()):
+        arrived = (step - beta).abs() <= 1e-13 * beta
+        beta = torch.where(settled, beta, step)
+        settled = settled | arrived
+        if bool(settled.all()):
             break
     location = low - beta * (torch.logsumexp(-s / beta[..., None], -1) - math.log(s.shape[-1]))
-    return torch.where(flat, mean, location)
+    return torch.where(flat, mean, location), torch.where(flat, 0, beta)

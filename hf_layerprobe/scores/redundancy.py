@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..stacks import LayerStack
-from .docs import docs
+from .layer_map import docs
 from .registry import OURS, register
 
 

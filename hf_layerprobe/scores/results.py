@@ -1,4 +1,4 @@
-"""What scores hand on: one number a layer, or one a pair of layers."""
+"""What a score of layers hands on: one number a layer."""
 
 from __future__ import annotations
 
@@ -60,52 +60,4 @@ class LayerScores:
             "values": self.values.tolist(),
             "details": {name: array.tolist() for name, array in self.details.items()},
             "data": self.data,
-        }
-
-
-@dataclass
-class SimilarityMatrix:
-    """Layer × layer similarity, one matrix for each kind of weight.
-
-    Attributes:
-        values: kind → `[rows, columns]` float64 array; NaN where two layers cannot be compared.
-        chance: kind → the value expected of independent random weights of the same shapes: one number where all layers
-            have one shape, else an array like `values`.
-        axis: Which vectors were compared, `"out"` (one for each output neuron) or `"in"`.
-        stack: Path of the stack.
-        source: Where the index is defined.
-    """
-
-    values: dict[str, np.ndarray]
-    chance: dict[str, float | np.ndarray]
-    axis: str
-    stack: str
-    source: str
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return tuple(self.values)
-
-    def __getitem__(self, kind: str) -> np.ndarray:
-        if kind not in self.values:
-            raise KeyError(f"no kind {kind!r} here; computed: {', '.join(self.values)}")
-        return self.values[kind]
-
-    def excess(self, kind: str) -> np.ndarray:
-        """Similarity above chance, `(S − chance) / (1 − chance)`: 0 at chance, 1 when identical (our own definition)."""
-        chance = self.chance[kind]
-        return (self[kind] - chance) / (1 - chance)
-
-    def mean_neighbour(self, kind: str) -> float:
-        """Mean similarity of adjacent layers."""
-        return float(np.nanmean(np.diagonal(self[kind], offset=1)))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "stack": self.stack,
-            "axis": self.axis,
-            "values": {kind: matrix.tolist() for kind, matrix in self.values.items()},
-            "chance": {kind: np.asarray(level).tolist() for kind, level in self.chance.items()},
-            "excess": {kind: self.excess(kind).tolist() for kind in self.kinds},
         }

@@ -34,6 +34,16 @@ class LayerStack:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def owner(self) -> nn.Module:
+        """The nearest `PreTrainedModel` around the stack (a tower, the language model), or the model itself."""
+        parts = self.path.split(".")
+        for depth in range(len(parts) - 1, -1, -1):
+            owner = self.model.get_submodule(".".join(parts[:depth]))
+            if isinstance(owner, PreTrainedModel):
+                return owner
+        return self.model
+
     @cached_property
     def binding(self) -> ConfigBinding:
         """The config field that sets the number of layers.
@@ -145,12 +155,8 @@ def _in_text_model(model: nn.Module, path: str) -> bool:
         text_class = type(config.get_text_config())
     except ValueError:  # several text models (encoder and decoder of different kinds): none comes first
         return True
-    parts = path.split(".")
-    for depth in range(len(parts) - 1, -1, -1):
-        owner = model.get_submodule(".".join(parts[:depth]))
-        if isinstance(owner, PreTrainedModel):
-            return type(owner.config) is text_class
-    return True
+    owner = LayerStack(model, path).owner
+    return not isinstance(owner, PreTrainedModel) or type(owner.config) is text_class
 
 
 def _why_no_stack(model: nn.Module) -> str:

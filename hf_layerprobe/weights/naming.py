@@ -32,11 +32,13 @@ NAMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
         ("o",),
         "rows",
     ),
-    (r"gate_up_proj", ("gate", "up"), "rows"),
+    (r"gate_up_proj|mlp\.Wi", ("gate", "up"), "rows"),
     (r"gate_proj|wi_0", ("gate",), "rows"),
     (r"up_proj|fc1|c_fc|fc_in|dense_h_to_4h|intermediate\.dense|wi_1|wi|lin1", ("up",), "rows"),
-    (r"down_proj|fc2|mlp\.c_proj|fc_out|dense_4h_to_h|output\.dense|wo|lin2", ("down",), "rows"),
+    (r"down_proj|fc2|mlp\.c_proj|fc_out|dense_4h_to_h|output\.dense|wo|lin2|mlp\.Wo", ("down",), "rows"),
 )
+# Model types whose fused query, key and value rows are packed in another way than their module's name says.
+OTHER_PACKING = {"gpt_bigcode": "heads", "codegen": "unknown"}
 _PATTERNS = tuple((re.compile(rf"(^|\.)({name})$"), kinds, packing) for name, kinds, packing in NAMES)
 
 

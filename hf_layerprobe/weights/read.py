@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,7 +12,49 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import LayerProbeError
 from ..stacks import LayerStack
-from .naming import KINDS, MLP_KINDS, NamedWeight, find_modules
+from .naming import KINDS, MLP_KINDS, OTHER_PACKING, NamedWeight, find_modules
+
+
+class LiveWeights:
+    """The matrices of a model in memory, by layer and kind.
+
+    Args:
+        stack: The layers to read.
+        kinds: Some of `KINDS`; all that the model has by default.
+
+    Raises:
+        LayerProbeError: An unknown kind, or one that no layer has.
+    """
+
+    def __init__(self, stack: LayerStack, kinds: Sequence[str] | None = None):
+        self.stack = stack
+        self.config = getattr(stack.owner, "config", None)
+        self.kinds = present_kinds(stack, kinds)
+
+    def parts(self, layer: int, kind: str) -> list[torch.Tensor]:
+        """The matrices of that kind in one layer, `[out, in]` each: several for a mixture of experts, none if it has none.
+
+        Raises:
+            LayerProbeError: Weights that are not in memory, quantised, or not finite.
+        """
+        parts = matrix_parts(self.stack.layers[layer], self.config, kind)
+        for part in parts:
+            check_readable(part, f"the {kind} matrix of layer {layer} ({self.stack.path})")
+        return parts
+
+    def shapes(self, layer: int, kind: str) -> list[tuple[int, int]]:
+        """The shapes of `parts`, without reading."""
+        return [tuple(part.shape) for part in matrix_parts(self.stack.layers[layer], self.config, kind)]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the model's class and config and of a few values of every matrix."""
+        digest = hashlib.sha256(type(self.stack.model).__name__.encode())
+        digest.update(self.config.to_json_string().encode() if self.config is not None else b"")
+        for layer in range(self.stack.num_layers):
+            for kind in self.kinds:
+                for part in matrix_parts(self.stack.layers[layer], self.config, kind):
+                    digest.update(f"{layer} {kind} {part[0, :8].tolist()} {part[-1, -8:].tolist()}".encode())
+        return digest.hexdigest()
 
 
 def read_matrices(stack: LayerStack, kinds: Sequence[str] | None = None) -> Iterator[tuple[int, str, torch.Tensor]]:
@@ -25,6 +67,19 @@ def read_matrices(stack: LayerStack, kinds: Sequence[str] | None = None) -> Iter
     Raises:
         LayerProbeError: An unknown kind, one that no layer has, weights that are not in memory or not finite.
     """
+    weights = LiveWeights(stack, kinds)
+    for layer in range(stack.num_layers):
+        for kind in weights.kinds:
+            if parts := weights.parts(layer, kind):
+                yield layer, kind, one_matrix(parts, kind)
+
+
+def present_kinds(stack: LayerStack, kinds: Sequence[str] | None) -> tuple[str, ...]:
+    """The kinds to read, in the order of `KINDS`.
+
+    Raises:
+        LayerProbeError: An unknown kind, or one that no layer has.
+    """
     wanted = tuple(kinds) if kinds is not None else KINDS
     unknown = [kind for kind in wanted if kind not in KINDS]
     if unknown or not wanted:
@@ -36,71 +91,85 @@ def read_matrices(stack: LayerStack, kinds: Sequence[str] | None = None) -> Iter
             f"The layers of {stack.path!r} ({type(stack.layers[0]).__name__}) have no matrix known as "
             f"{', '.join(missing)}; known there: {', '.join(k for k in KINDS if k in present) or 'none'}."
         )
-    config = getattr(stack.model, "config", None)
-    for index, layer in enumerate(stack.layers):
-        for kind, matrix in layer_matrices(layer, config, wanted).items():
-            where = f"the {kind} matrix of layer {index} ({stack.path})"
-            if matrix.is_meta:
-                raise LayerProbeError(
-                    f"Cannot read {where}: it is on the meta device (offloaded, or built without weights). Load the "
-                    "model into memory first."
-                )
-            if not matrix.is_floating_point():
-                raise LayerProbeError(f"Cannot read {where}: it is quantised ({matrix.dtype}); load it dequantised.")
-            if not torch.isfinite(matrix).all():
-                raise LayerProbeError(f"Cannot use {where}: it holds NaN or infinite values.")
-            yield index, kind, matrix
+    return tuple(kind for kind in KINDS if kind in wanted and kind in present)
 
 
-def layer_matrices(
-    layer: nn.Module, config: PreTrainedConfig | None = None, kinds: Sequence[str] = KINDS
-) -> dict[str, torch.Tensor]:
-    """The matrices of one layer, kind → [out, in].
+def check_readable(matrix: torch.Tensor, where: str) -> None:
+    """Refuses a matrix that cannot be compared.
 
-    A layer with several MLPs (experts, shared experts) is read as the one wide MLP it sums to: gate and up have a row,
-    and down a column, for each neuron of each expert (our own convention).
+    Raises:
+        LayerProbeError: On the meta device, quantised, or not finite.
     """
-    parts: dict[str, list[torch.Tensor]] = defaultdict(list)
-    for weight in find_modules(layer):
-        if any(kind in kinds for kind in weight.kinds):
-            for kind, matrix in zip(weight.kinds, _split(weight, config), strict=True):
-                parts[kind].append(matrix)
-    matrices = {}
-    for kind in KINDS:
-        if kind not in parts or kind not in kinds:
-            continue
-        if len(parts[kind]) > 1 and kind not in MLP_KINDS:
-            raise LayerProbeError(
-                f"{type(layer).__name__} holds {len(parts[kind])} matrices that could be its {kind}; which one to "
-                "compare is not known for this architecture."
-            )
-        matrices[kind] = parts[kind][0] if len(parts[kind]) == 1 else torch.cat(parts[kind], 1 if kind == "down" else 0)
-    return matrices
+    if matrix.is_meta:
+        raise LayerProbeError(
+            f"Cannot read {where}: it is on the meta device (offloaded, or built without weights). Load the model into "
+            "memory first."
+        )
+    if not matrix.is_floating_point():
+        raise LayerProbeError(f"Cannot read {where}: it is quantised ({matrix.dtype}); load it dequantised.")
+    # Both ends are finite just when all values are: NaN wins in either. One pass, and nothing as large as the matrix.
+    if not torch.isfinite(torch.stack(torch.aminmax(matrix))).all():
+        raise LayerProbeError(f"Cannot use {where}: it holds NaN or infinite values.")
 
 
-def _split(weight: NamedWeight, config: PreTrainedConfig | None) -> list[torch.Tensor]:
-    """The [out, in] matrices inside one parameter, in the order of `weight.kinds`."""
+def layer_matrices(layer: nn.Module, config: PreTrainedConfig | None = None) -> dict[str, torch.Tensor]:
+    """The matrices of one layer, kind → [out, in]; a mixture of experts as one wide MLP, see [`one_matrix`]."""
+    parts = {kind: matrix_parts(layer, config, kind) for kind in KINDS}
+    return {kind: one_matrix(found, kind) for kind, found in parts.items() if found}
+
+
+def matrix_parts(layer: nn.Module, config: PreTrainedConfig | None, kind: str) -> list[torch.Tensor]:
+    """The matrices of one kind in a layer: one for each expert of a mixture, shared experts last or first as stored.
+
+    Raises:
+        LayerProbeError: Several attention matrices of that kind.
+    """
+    parts = [
+        part
+        for weight in find_modules(layer)
+        if kind in weight.kinds
+        for part in _split(weight, config)[weight.kinds.index(kind)]
+    ]
+    if len(parts) > 1 and kind not in MLP_KINDS:
+        raise LayerProbeError(
+            f"{type(layer).__name__} holds {len(parts)} matrices that could be its {kind}; which one to compare is not "
+            "known for this architecture."
+        )
+    return parts
+
+
+def one_matrix(parts: list[torch.Tensor], kind: str) -> torch.Tensor:
+    """Several MLPs (experts, shared experts) as the one wide MLP they sum to (our own convention).
+
+    Gate and up have a row, and down a column, for each neuron of each expert.
+    """
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1 if kind == "down" else 0)
+
+
+def _split(weight: NamedWeight, config: PreTrainedConfig | None) -> list[list[torch.Tensor]]:
+    """The [out, in] matrices inside one parameter, a list for each of `weight.kinds`."""
     tensor = getattr(weight.owner, weight.parameter).detach()
     if weight.packing == "experts":
-        return _split_experts(weight, tensor)
+        return _split_experts(weight, tensor, config)
     if isinstance(weight.owner, Conv1D):  # stored as [in, out]
         tensor = tensor.T
-    if len(weight.kinds) == 1:
-        return [tensor]
-    if len(weight.kinds) == 2:
-        return list(tensor.chunk(2))
-    if weight.packing == "heads":
+    if len(weight.kinds) < 3:
+        return [[part] for part in tensor.chunk(len(weight.kinds))]
+    packing = OTHER_PACKING.get(getattr(config, "model_type", ""), weight.packing)
+    if packing == "heads":
         return _split_by_head(tensor, config)
-    rows = tensor.shape[0]
-    heads = getattr(config, "num_attention_heads", None)
-    groups = getattr(config, "num_key_value_heads", None)
-    if heads and groups and groups != heads:
-        unit = rows // (heads + 2 * groups)
-        return list(tensor.split([heads * unit, groups * unit, groups * unit]))
-    return list(tensor.chunk(3))
+    heads = getattr(config, "num_attention_heads", 1)
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if packing != "rows" or len(tensor) % (heads + 2 * groups):
+        raise LayerProbeError(
+            f"How {getattr(config, 'model_type', 'this model')} packs query, key and value into {len(tensor)} rows is not "
+            f"known ({heads} heads, {groups} key-value heads by its config); choose other kinds."
+        )
+    unit = len(tensor) // (heads + 2 * groups)
+    return [[part] for part in tensor.split([heads * unit, groups * unit, groups * unit])]
 
 
-def _split_by_head(tensor: torch.Tensor, config: PreTrainedConfig | None) -> list[torch.Tensor]:
+def _split_by_head(tensor: torch.Tensor, config: PreTrainedConfig | None) -> list[list[torch.Tensor]]:
     """Fused `query_key_value`: [heads, 3, head_dim] rows (GPT-NeoX, BLOOM), or Falcon's two grouped forms."""
     heads = config.num_attention_heads
     if getattr(config, "new_decoder_architecture", False):
@@ -110,15 +179,19 @@ def _split_by_head(tensor: torch.Tensor, config: PreTrainedConfig | None) -> lis
     else:
         groups, queries = heads, 1
     blocks = tensor.view(groups, queries + 2, -1, tensor.shape[1])  # [groups, q… k v, head_dim, in]
-    return [blocks[:, part].flatten(0, -2) for part in (slice(0, queries), queries, queries + 1)]
+    return [[blocks[:, part].flatten(0, -2)] for part in (slice(0, queries), queries, queries + 1)]
 
 
-def _split_experts(weight: NamedWeight, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Stacked experts [experts, out, in] as one wide MLP."""
-    if getattr(weight.owner, "is_transposed", False):  # stored as [experts, in, out] with interleaved gate and up
+def _split_experts(
+    weight: NamedWeight, tensor: torch.Tensor, config: PreTrainedConfig | None
+) -> list[list[torch.Tensor]]:
+    """Stacked experts [experts, out, in], gate above up."""
+    hidden = getattr(config, "hidden_size", None)
+    stream = tensor.shape[1] if weight.kinds == ("down",) else tensor.shape[2]
+    # Some classes store [experts, in, out]; by their shape alone they cannot be told from others when out equals in.
+    other_way = getattr(weight.owner, "is_transposed", False) or "llama4" in getattr(config, "model_type", "")
+    if other_way or hidden not in (None, stream):
         raise LayerProbeError(
-            f"{type(weight.owner).__name__} stores its experts transposed; reading them is not supported."
+            f"{type(weight.owner).__name__} stores its experts transposed; reading them is not supported. Choose other kinds."
         )
-    if weight.kinds == ("down",):
-        return [tensor.permute(1, 0, 2).flatten(1)]  # [out, experts * in]
-    return [part.flatten(0, 1) for part in tensor.chunk(len(weight.kinds), dim=1)]
+    return [list(part) for part in tensor.chunk(len(weight.kinds), dim=1)]

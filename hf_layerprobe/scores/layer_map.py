@@ -1,0 +1,326 @@
+"""`docs`: layer × layer (or expert × expert) maps of every kind of matrix, of one model or of two.
+
+The work is cut into blocks, one row of one map each: a block is computed the same way whoever computes it, so that
+processes can share the blocks out and a run that was killed can go on, to the identical result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed, nn
+from transformers.utils import logging
+
+from ..errors import LayerProbeError
+from ..progress import progress
+from ..stacks import LayerStack, resolve_stack
+from ..weights import KINDS, Checkpoint, LiveWeights, one_matrix, open_checkpoint
+from .block_store import BlockStore
+from .docs import SOURCE, chance_level, check_axis, docs_index
+from .indices import INDICES, Features
+from .matching import best_matches, unit_vectors
+from .similarity import SimilarityMatrix
+
+logger = logging.get_logger(__name__)
+# Unit vectors kept for the next blocks, in bytes of float32: reading a matrix again costs little beside its products.
+CACHE = 400_000_000
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """A row or column of a map: a layer, or one expert of it."""
+
+    layer: int
+    expert: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.layer) if self.expert is None else f"{self.layer}.{self.expert}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One row of one map: a unit of the first model against units of the second."""
+
+    kind: str
+    row: int
+    columns: tuple[int, ...]
+    cost: int  # multiplications
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind} {self.row}"
+
+
+def docs(
+    model: nn.Module | str | Path,
+    *,
+    kinds: Sequence[str] | None = None,
+    axis: str = "out",
+    stack: str | LayerStack | None = None,
+    other: nn.Module | str | Path | None = None,
+    index: str = "docs",
+    layers: Sequence[int] | None = None,
+    experts: bool = False,
+    sample: int | None = None,
+    seed: int = 0,
+    resume: str | Path | None = None,
+) -> SimilarityMatrix:
+    """Layer × layer similarity for every kind of weight matrix: DOCS (arXiv 2501.16650) or one of its rivals.
+
+    Under `torchrun` or `accelerate launch` the work is shared out by cost, and every process returns the whole result.
+
+    Args:
+        model: A model, of which only weights are read; or a folder or Hub id with safetensors, which are read matrix by
+            matrix without building the model.
+        kinds: Some of q, k, v, o, gate, up, down; all that the model has by default.
+        axis: `"out"` or `"in"`; see [`docs_similarity`].
+        stack: Path of the stack; the main one by default.
+        other: A second model or checkpoint (a tuned one, say); its layers are then the columns.
+        index: `"docs"`, or a rival that the paper compares with: regression, cca, svcca, pwcca, hsic, cka, cka-debiased.
+        layers: Some layers only (0-based).
+        experts: Compare the experts of MoE layers one by one instead of each layer's experts as one wide MLP.
+        sample: Match at most this many random vectors of each matrix (against all of the other); the result then has the
+            standard error of each value. Only for `"docs"`.
+        seed: Of the sample.
+        resume: A folder for finished rows: a run with the same weights and arguments goes on from there.
+
+    Returns:
+        One matrix a kind, with the chance level of its shapes (for `"docs"`). Gaps are NaN, and each has a line in
+        `notes`: a layer that lacks the kind or has only zeros, or two whose vectors have different lengths.
+
+    Raises:
+        LayerProbeError: No stack, an unknown kind, axis, index or layer, weights that are not in memory or not finite,
+            or a `resume` folder of another run.
+    """
+    check_axis(axis)
+    if index != "docs" and index not in INDICES:
+        raise LayerProbeError(f"Unknown index {index!r}; the indices are docs, {', '.join(INDICES)}.")
+    if sample is not None and (index != "docs" or sample < 2):
+        raise LayerProbeError(
+            f"sample is a number of vectors, at least 2, for index='docs'; got {sample} for {index!r}."
+        )
+    here = _Side(model, stack, kinds, layers, experts, axis)
+    there = here if other is None else _Side(other, here.stack.path, kinds, layers, experts, axis)
+    symmetric = other is None and (index == "docs" or INDICES[index].symmetric)
+    itself = 1.0 if index == "docs" else INDICES[index].self_value
+    known = other is None and itself is not None  # a matrix with itself need not be computed
+    options = {"axis": axis, "index": index, "sample": sample, "seed": seed, "symmetric": symmetric}
+    notes: list[str] = []
+    blocks = _blocks(here, there, symmetric, known, notes)
+    store = BlockStore(resume, _run_id(here, there, options)) if resume is not None else None
+    rows = store.load() if store is not None else {}
+    todo = [block for block in blocks if block.key not in rows]
+    logger.info(f"{index}: {sum(len(b.columns) for b in todo)} pairs, {2e-12 * sum(b.cost for b in todo):.2f} TFLOP")
+    second = lru_cache(maxsize=there.cached())(lambda kind, unit: there.load(kind, unit, index))
+    first = second if there is here else lru_cache(maxsize=1)(lambda kind, unit: here.load(kind, unit, index))
+    found = {}
+    for block in progress(_mine(todo), desc=index.upper(), unit="row"):
+        partners = (second(block.kind, there.units[block.kind][column]) for column in block.columns)
+        found[block.key] = _compare(first(block.kind, here.units[block.kind][block.row]), partners, index, sample, seed)
+        if store is not None:
+            store.save(block.key, found[block.key])
+    rows |= _gathered(found)
+    return _assemble(here, there, blocks, rows, options, itself if known else None, notes)
+
+
+class _Side:
+    """The units of one model or checkpoint, and their vectors."""
+
+    def __init__(self, model, stack, kinds, layers, experts: bool, axis: str):
+        self.weights = _open(model, stack, kinds)
+        self.stack, self.axis, self.experts = self.weights.stack, axis, experts
+        chosen = range(self.stack.num_layers) if layers is None else sorted(set(layers))
+        wrong = [i for i in chosen if not 0 <= i < self.stack.num_layers]
+        if wrong or not chosen:
+            raise LayerProbeError(
+                f"layers: {wrong} do not exist; the stack has layers 0 to {self.stack.num_layers - 1}."
+            )
+        # kind → units, and unit → (vectors, length of a vector)
+        self.units: dict[str, list[Unit]] = {}
+        self.shapes: dict[tuple[str, Unit], tuple[int, int]] = {}
+        for kind in self.weights.kinds:
+            for layer in chosen:
+                for unit, (out, into) in self._shapes(layer, kind):
+                    self.units.setdefault(kind, []).append(unit)
+                    self.shapes[kind, unit] = (out, into) if axis == "out" else (into, out)
+        self.layers = list(chosen)
+
+    def _shapes(self, layer: int, kind: str):
+        parts = self.weights.shapes(layer, kind)
+        if self.experts and len(parts) > 1:
+            return [(Unit(layer, expert), shape) for expert, shape in enumerate(parts)]
+        joined = 1 if kind == "down" else 0
+        if not parts:
+            return []
+        size = sum(shape[joined] for shape in parts)
+        return [(Unit(layer), (parts[0][0], size) if joined else (size, parts[0][1]))]
+
+    def load(self, kind: str, unit: Unit, index: str) -> torch.Tensor | Features:
+        """Vectors as rows `[m, n]`: unit vectors for DOCS, with their decompositions cached for its rivals."""
+        parts = self.weights.parts(unit.layer, kind)
+        matrix = one_matrix(parts, kind) if unit.expert is None else parts[unit.expert]
+        if index == "docs":
+            return unit_vectors(matrix, self.axis)
+        return Features(matrix if self.axis == "out" else matrix.T)
+
+    def cached(self) -> int:
+        """How many matrices of the largest size to keep, the one in use not counted."""
+        largest = max((4 * m * n for m, n in self.shapes.values()), default=1)
+        return max(0, CACHE // largest - 1)
+
+
+def _open(model, stack, kinds) -> LiveWeights | Checkpoint:
+    if isinstance(model, (str, Path)):
+        return open_checkpoint(model, stack=stack, kinds=kinds)
+    return LiveWeights(resolve_stack(model, stack), kinds)
+
+
+def _blocks(here: _Side, there: _Side, symmetric: bool, known: bool, notes: list[str]) -> list[Block]:
+    """The rows to compute; what cannot be compared is left out and noted."""
+    blocks = []
+    for kind in here.units:
+        lengths: dict[int, list[str]] = {}
+        for row, unit in enumerate(here.units[kind]):
+            m, length = here.shapes[kind, unit]
+            lengths.setdefault(length, []).append(str(unit))
+            columns = tuple(
+                column
+                for column, partner in enumerate(there.units.get(kind, ()))
+                if there.shapes[kind, partner][1] == length
+                and not (symmetric and column < row)
+                and not (known and column == row)
+            )
+            cost = sum(m * length * there.shapes[kind, there.units[kind][j]][0] for j in columns)
+            if columns:
+                blocks.append(Block(kind, row, columns, cost))
+        if len(lengths) > 1:
+            groups = "; ".join(f"{', '.join(units)} ({length})" for length, units in lengths.items())
+            notes.append(f"{kind}: vectors of several lengths, compared within groups only: {groups}")
+        lacking = [layer for layer in here.layers if layer not in {unit.layer for unit in here.units[kind]}]
+        if lacking:
+            notes.append(f"{kind}: layers {lacking} have no such matrix")
+    return blocks
+
+
+def _compare(
+    row: torch.Tensor, partners: Iterable[torch.Tensor], index: str, sample: int | None, seed: int
+) -> list[list[float]]:
+    """[value, standard error] against each partner; a pair without vectors is NaN."""
+    if index != "docs":
+        return [[float(INDICES[index].function(row, other)), 0.0] for other in partners]
+    matches: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+    shares = []
+    for other in partners:
+        if not len(row) or not len(other):
+            matches.append(None)
+        elif sample is None:
+            matches.append(best_matches(row, other))
+        else:
+            some, few = _some(row, sample, seed), _some(other, sample, seed)
+            matches.append((best_matches(some, other)[0], best_matches(few, row)[0]))
+            # Sampling without replacement: no error is left when all vectors are in the sample.
+            shares.append(1 - min(len(some) / len(row), len(few) / len(other)))
+        del other  # before the next one is read
+    values = iter(docs_index([pair for pair in matches if pair is not None]))
+    results = [[float("nan"), float("nan")] if pair is None else list(next(values)) for pair in matches]
+    if sample is not None:
+        finite = iter(shares)
+        results = [[v, e if v != v else e * next(finite) ** 0.5] for v, e in results]
+    return results
+
+
+def _some(vectors: torch.Tensor, number: int, seed: int) -> torch.Tensor:
+    if number >= len(vectors):
+        return vectors
+    generator = torch.Generator().manual_seed(seed)
+    return vectors[torch.randperm(len(vectors), generator=generator)[:number].to(vectors.device)]
+
+
+def _rank() -> tuple[int, int]:
+    """(this process, number of processes)."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _mine(blocks: list[Block]) -> list[Block]:
+    """This process's share: the costliest blocks first, each to whoever has least; then in map order."""
+    rank, world = _rank()
+    load, mine = [0] * world, []
+    for block in sorted(blocks, key=lambda block: -block.cost):
+        to = load.index(min(load))
+        load[to] += block.cost
+        if to == rank:
+            mine.append(block)
+    return sorted(mine, key=lambda block: (KINDS.index(block.kind), block.row))
+
+
+def _gathered(found: dict[str, list]) -> dict[str, list]:
+    world = _rank()[1]
+    if world == 1:
+        return found
+    everyone: list[Any] = [None] * world
+    distributed.all_gather_object(everyone, found)
+    return {key: row for part in everyone for key, row in part.items()}
+
+
+def _run_id(here: _Side, there: _Side, options: dict[str, Any]) -> str:
+    content = [options, here.weights.fingerprint(), there.weights.fingerprint()]
+    content.append({kind: [str(unit) for unit in units] for kind, units in here.units.items()})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _assemble(here, there, blocks, rows, options, itself: float | None, notes) -> SimilarityMatrix:
+    values, errors, chance = {}, {}, {}
+    index, symmetric = options["index"], options["symmetric"]
+    for kind, units in here.units.items():
+        columns = there.units.get(kind, [])
+        values[kind] = np.full((len(units), len(columns)), np.nan)
+        errors[kind] = np.full_like(values[kind], np.nan)
+        if itself is not None:
+            np.fill_diagonal(values[kind], itself)  # by definition
+            np.fill_diagonal(errors[kind], 0)
+        shapes = [[side.shapes[kind, unit] for unit in side.units.get(kind, ())] for side in (here, there)]
+        chance[kind] = _chance(*shapes) if index == "docs" else np.nan
+    for block in blocks:
+        for column, (value, error) in zip(block.columns, rows[block.key], strict=True):
+            values[block.kind][block.row, column], errors[block.kind][block.row, column] = value, error
+            if symmetric:
+                values[block.kind][column, block.row], errors[block.kind][column, block.row] = value, error
+            if value != value:
+                pair = f"{here.units[block.kind][block.row]} and {there.units[block.kind][column]}"
+                notes.append(f"{block.kind}: {pair} are not compared, one has no vector that is not zero")
+    for note in notes:
+        logger.warning(note)
+    return SimilarityMatrix(
+        values=values,
+        chance=chance,
+        axis=options["axis"],
+        stack=here.stack.path,
+        source=SOURCE if index == "docs" else INDICES[index].source,
+        index=index,
+        rows={kind: [str(unit) for unit in units] for kind, units in here.units.items()},
+        columns={kind: [str(unit) for unit in there.units.get(kind, ())] for kind in here.units},
+        standard_error=errors if options["sample"] is not None else {},
+        notes=tuple(notes),
+    )
+
+
+def _chance(rows: list[tuple[int, int]], columns: list[tuple[int, int]]) -> float | np.ndarray:
+    if len({*rows, *columns}) == 1:
+        vectors, length = rows[0]
+        return chance_level(vectors, vectors, length)
+    levels = np.full((len(rows), len(columns)), np.nan)
+    for i, (x_vectors, x_length) in enumerate(rows):
+        for j, (y_vectors, y_length) in enumerate(columns):
+            if x_length == y_length:
+                levels[i, j] = chance_level(x_vectors, y_vectors, x_length)
+    return levels
