@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
 from .activations import batches
+from .activations.data import text_rows
 from .errors import LayerProbeError, PruningError
 from .files import write_atomically
 from .scores import LayerScores, score_layers
 from .scores.loss import check_causal, held_out_losses
+from .scores.registry import get_score
 from .stacks import LayerStack, resolve_stack
 
 FILE_NAME = "pruning_plan.json"
 # What `by="auto"` measures against each other: cheap rules, each with its own blind spot.
 AUTO_RULES = ("avss-relative", "influence", "docs", "last")
+AUTO_NEEDS = (
+    "by='auto' measures several plans on held-out text, so it needs data= with at least two texts, and tokenizer=. Without "
+    "data, by='docs' ranks by the weights alone."
+)
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ def plan_pruning(
 
     Args:
         model: The model; left as it was.
-        data: Calibration data for scores that need it; see [`score_layers`]. `by="auto"` needs a list of texts.
+        data: Calibration data for scores that need it; see [`score_layers`]. `by="auto"` needs texts.
         ratio: Share of the layers to remove, rounded down: a quarter of 30 layers is 7.
         num_layers: Number of layers to remove.
         remove: Indices (0-based) of the layers to remove; negative ones count from the end.
@@ -126,13 +135,16 @@ def plan_pruning(
 
     Raises:
         PruningError: Nothing or everything would be removed, an index is out of range, or the request is ambiguous.
-        LayerProbeError: Unknown score, or data that is missing or unusable.
+        LayerProbeError: Unknown score, data that is missing or unusable, or options that would have no effect.
     """
     found = resolve_stack(model, stack)
     total = found.num_layers
     removed = _requested(total, ratio, num_layers, remove, keep)
     scores, candidates = None, []
+    if not isinstance(by, str):
+        raise LayerProbeError(f"by is one rule: 'auto' or the name of a score; got {by!r}.")
     if not isinstance(removed, int):
+        refuse_options(options, "which layers go is given by remove= or keep=, and no score is computed")
         by = "explicit"
     elif by == "auto":
         removed, scores, candidates = _best_of(found, data, removed, tokenizer, options)
@@ -152,6 +164,16 @@ def plan_pruning(
     )
 
 
+def refuse_options(options: Mapping[str, Any], why: str) -> None:
+    """Refuses options that would have no effect; most are misspelled names of others.
+
+    Raises:
+        LayerProbeError: There are some.
+    """
+    if options:
+        raise LayerProbeError(f"Unused options {sorted(options)}: {why}. Check their names, or leave them out.")
+
+
 def _requested(total: int, ratio, num_layers, remove, keep) -> int | list[int]:
     """How many layers to remove, or which ones."""
     given = {
@@ -164,17 +186,22 @@ def _requested(total: int, ratio, num_layers, remove, keep) -> int | list[int]:
             f"Say how much to remove by exactly one of ratio, num_layers, remove and keep; got {', '.join(given) or 'none'}."
         )
     if ratio is not None:
-        if not 0 < ratio < 1:
-            raise PruningError(f"ratio is the share of layers to remove, between 0 and 1; got {ratio}.")
+        if not isinstance(ratio, numbers.Real) or not 0 < ratio < 1:
+            raise PruningError(f"ratio is the share of layers to remove, between 0 and 1; got {ratio!r}.")
         num_layers = int(ratio * total + 1e-9)
         if num_layers == 0:
             raise PruningError(f"ratio={ratio} of {total} layers is less than one layer; use at least {1 / total:.3f}.")
     if num_layers is not None:
-        if not 0 < num_layers < total:
-            raise PruningError(f"num_layers to remove must be between 1 and {total - 1} of {total}; got {num_layers}.")
-        return num_layers
-    name, indices = ("remove", list(remove)) if remove is not None else ("keep", list(keep))
-    wrong = [i for i in indices if not hasattr(i, "__index__") or isinstance(i, bool) or not -total <= i < total]
+        if not _is_index(num_layers) or not 0 < num_layers < total:
+            raise PruningError(
+                f"num_layers to remove must be between 1 and {total - 1} of {total}; got {num_layers!r}."
+            )
+        return operator.index(num_layers)
+    name, indices = ("remove", remove) if remove is not None else ("keep", keep)
+    if not isinstance(indices, Iterable) or isinstance(indices, (str, bytes)):
+        raise PruningError(f"{name} is a list of layers, such as [3]; got {indices!r}.")
+    indices = list(indices)
+    wrong = [i for i in indices if not _is_index(i) or not -total <= i < total]
     if wrong:
         raise PruningError(f"{name}: layers {wrong} do not exist; the stack has layers 0 to {total - 1}.")
     chosen = {operator.index(i) % total for i in indices}
@@ -188,21 +215,33 @@ def _requested(total: int, ratio, num_layers, remove, keep) -> int | list[int]:
     return removed
 
 
+def _is_index(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
 def _best_of(
     stack: LayerStack, data: Any, number: int, tokenizer, options: dict[str, Any]
 ) -> tuple[list[int], LayerScores, list[dict[str, Any]]]:
     """The plan with the lowest loss on texts that no plan was made from."""
-    texts = list(data) if isinstance(data, (list, tuple)) else None
-    if not texts or len(texts) < 2 or not all(isinstance(text, str) for text in texts) or tokenizer is None:
-        raise LayerProbeError(
-            "by='auto' measures several plans on held-out text, so it needs data= as a list of at least two texts, and "
-            "tokenizer=. Without data, by='docs' ranks by the weights alone."
-        )
+    try:
+        texts = [text for text in text_rows(data) if text.strip()]
+    except LayerProbeError as error:
+        raise LayerProbeError(f"{AUTO_NEEDS} {error}") from error
+    if len(texts) < 2 or tokenizer is None:
+        found = f"Got {len(texts)} texts that are not empty{', and no tokenizer' if tokenizer is None else ''}."
+        raise LayerProbeError(f"{AUTO_NEEDS} {found}")
     check_causal(stack.model)
     calibration, held_out = texts[::2], texts[1::2]
-    scores = score_layers(stack.model, calibration, by=AUTO_RULES, stack=stack, tokenizer=tokenizer, **options)
+    streamed = [name for name in AUTO_RULES if get_score(name).needs_data]
+    scores = score_layers(stack.model, calibration, by=streamed, stack=stack, tokenizer=tokenizer, **options)
+    for name in AUTO_RULES:
+        if name not in scores:
+            try:
+                scores[name] = score_layers(stack.model, by=name, stack=stack)
+            except LayerProbeError as error:  # matrices of an unknown layout; the other rules do without them
+                logger.warning(f"by='auto' goes on without the rule {name!r}: {error}")
     rows = list(batches(held_out, stack.model, tokenizer, **{k: v for k, v in options.items() if k != "max_tokens"}))
-    proposals = {name: score.least_important(number) for name, score in scores.items()}
+    proposals = {name: scores[name].least_important(number) for name in AUTO_RULES if name in scores}
     losses = held_out_losses(stack, proposals, rows, max_tokens=options.get("max_tokens"))
     candidates = [{"by": name, "remove": proposals[name], "held_out_loss": losses[name]} for name in proposals]
     best = min(candidates, key=lambda candidate: candidate["held_out_loss"])

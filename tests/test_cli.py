@@ -187,6 +187,11 @@ def test_eval_alone_and_beside_its_baseline(model, text, tmp_path):
         (["prune", "MODEL", "--output", "FULL", "--remove", "1"], "not an empty folder"),
         (["prune", "MODEL", "--output", "NEW", "--plan", "TEXT"], "not a pruning plan"),
         (["prune", "MODEL", "--output", "NEW", "--plan", "TEXT", "--ratio", "0.5"], "leave out --ratio"),
+        (
+            ["prune", "MODEL", "--output", "NEW", "--plan", "TEXT", "--by", "last", "--stack", "foo"],
+            "leave out --by, --stack",
+        ),
+        (["prune", "MODEL", "--output", "NEW", "--plan", "TEXT", "--text", "TEXT"], "leave out --text"),
         (["prune", "MODEL", "--remove", "1"], "--output"),
         (["demo", "--output", "FULL"], "not an empty folder"),
         (["unknown"], "unknown"),

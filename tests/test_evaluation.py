@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import transformers as tf
 from datasets import Dataset
-from tiny import tiny_model
+from tiny import TEXT as TINY
+from tiny import redrawn, tiny_model
 
 from hf_layerprobe import LayerProbeError, evaluate_model, prune_layers
 
@@ -70,8 +72,20 @@ def test_a_data_set_of_texts():
 
 def test_the_mode_is_left_as_it_was():
     model = tiny_model("llama").train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
     evaluate_model(model, TEXTS, tokenizer=Bytes())
-    assert model.training
+    assert [module.training for module in model.modules()] == before
+
+
+def test_a_model_that_sees_the_next_token_has_no_perplexity():
+    """BERT with a language model head reads both ways unless its config makes it a decoder."""
+    encoder, decoder = (
+        redrawn(tf.BertLMHeadModel(tf.BertConfig(**TINY, is_decoder=is_decoder))) for is_decoder in (False, True)
+    )
+    with pytest.raises(LayerProbeError, match="BertLMHeadModel sees the tokens that it is to predict"):
+        evaluate_model(encoder, TEXTS, tokenizer=Bytes())
+    assert evaluate_model(decoder, TEXTS, tokenizer=Bytes()).perplexity > 1
 
 
 @pytest.mark.parametrize(

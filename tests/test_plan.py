@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import transformers as tf
+from datasets import Dataset
 from test_activation_scores import FakeTokenizer
-from tiny import tiny_model
+from tiny import redrawn, tiny_model
 
 from hf_layerprobe import LayerProbeError, PruningError, PruningPlan, plan_pruning, score_layers
 
@@ -74,6 +76,11 @@ def test_auto_keeps_the_plan_that_measures_best():
         (dict(keep=[]), "removes all 4 layers; at least one must stay"),
         (dict(keep=[0, 1, 2, 3]), "removes no layer"),
         (dict(keep=[7]), r"keep: layers \[7\] do not exist"),
+        (dict(remove=3), "remove is a list of layers, such as .*; got 3"),
+        (dict(keep="01"), "keep is a list of layers, such as .*; got '01'"),
+        (dict(num_layers=1.5), "between 1 and 3 of 4; got 1.5"),
+        (dict(num_layers=True), "between 1 and 3 of 4; got True"),
+        (dict(ratio="0.5"), "between 0 and 1; got '0.5'"),
     ],
 )
 def test_impossible_requests(request_, message):
@@ -81,7 +88,46 @@ def test_impossible_requests(request_, message):
         plan_pruning(tiny_model("llama"), **request_)
 
 
-@pytest.mark.parametrize("data", [None, [], ["one text"], [{"input_ids": [1]}, {"input_ids": [2]}]])
+@pytest.mark.parametrize("by", [None, ["last", "docs"], 3])
+def test_by_is_one_rule(by):
+    with pytest.raises(LayerProbeError, match="by is one rule"):
+        plan_pruning(tiny_model("llama"), num_layers=1, by=by)
+
+
+def test_options_without_effect_are_refused():
+    with pytest.raises(LayerProbeError, match=r"Unused options \['foo'\]"):
+        plan_pruning(tiny_model("llama"), remove=[1], foo=1)
+    with pytest.raises(LayerProbeError, match=r"\['batch_size'\]"):
+        plan_pruning(tiny_model("llama"), keep=[1], batch_size=2)
+
+
+@pytest.mark.parametrize("kind", [list, iter, lambda texts: Dataset.from_dict({"text": list(texts)})])
+def test_auto_reads_any_texts(kind):
+    texts = [f"text number {i} of many, and some more words" for i in range(8)]
+    plan = plan_pruning(tiny_model("llama"), kind(texts), num_layers=1, tokenizer=FakeTokenizer(), pack=False)
+    assert len(plan.candidates) == 4
+
+
+def test_auto_leaves_out_a_rule_that_cannot_read_the_model():
+    """DOCS knows no attention matrices in a Mamba."""
+    model = redrawn(
+        tf.MambaForCausalLM(tf.MambaConfig(hidden_size=32, num_hidden_layers=4, vocab_size=64, state_size=8))
+    )
+    texts = [f"text number {i} of many, and some more words" for i in range(8)]
+    plan = plan_pruning(model, texts, num_layers=1, tokenizer=FakeTokenizer(), pack=False)
+    assert {candidate["by"] for candidate in plan.candidates} == {"avss-relative", "influence", "last"}
+
+
+def test_auto_needs_something_to_predict():
+    class OneToken(FakeTokenizer):
+        def __call__(self, text, **_):
+            return {"input_ids": [5]}
+
+    with pytest.raises(LayerProbeError, match="No text to measure on"):
+        plan_pruning(tiny_model("llama"), ["a", "b"], num_layers=1, tokenizer=OneToken(), pack=False)
+
+
+@pytest.mark.parametrize("data", [None, [], ["one text"], ["one text", ""], [{"input_ids": [1]}, {"input_ids": [2]}]])
 def test_auto_needs_texts_to_measure_on(data):
     with pytest.raises(LayerProbeError, match="at least two texts"):
         plan_pruning(tiny_model("llama"), data, num_layers=1, tokenizer=FakeTokenizer())

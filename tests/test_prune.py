@@ -12,6 +12,7 @@ from tiny import FAMILIES, tiny_model
 from hf_layerprobe import LayerProbeError, PruningError, PruningPlan, find_stacks, plan_pruning, prune_layers
 from hf_layerprobe.stacks import bypassed
 from hf_layerprobe.surgery import gate
+from hf_layerprobe.surgery.inputs import example_inputs
 
 CAUSAL = ("llama", "qwen3", "gemma3", "mistral", "mixtral", "gpt2", "opt", "gpt_neox")
 STACKS = [(family, part) for family in FAMILIES for part in range(2 if family in ("t5", "bart", "whisper") else 1)]
@@ -19,7 +20,7 @@ STACKS = [(family, part) for family in FAMILIES for part in range(2 if family in
 
 def outputs(model, removed=(), stack=None):
     with torch.no_grad(), bypassed(stack or find_stacks(model)[0], removed):
-        return gate._float_outputs(model(**gate.example_inputs(model)))
+        return list(gate._float_outputs(model(**example_inputs(model))).values())
 
 
 def assert_same_outputs(expected, found):
@@ -279,6 +280,12 @@ def test_contradicting_arguments():
     plan = plan_pruning(model, remove=[1])
     with pytest.raises(PruningError, match="a plan, or say what to remove; not both"):
         prune_layers(model, plan, ratio=0.5)
+    with pytest.raises(LayerProbeError, match=r"Unused options \['by', 'outputdir', 'stack', 'verfy'\]"):
+        prune_layers(model, plan, by="last", stack="model.layers", outputdir="x", verfy=False)
+    with pytest.raises(LayerProbeError, match=r"Unused options \['outputdir'\]"):
+        prune_layers(model, remove=[1], outputdir="x")
+    with pytest.raises(LayerProbeError, match="repair='lora' is not available in this version"):
+        prune_layers(model, plan, repair="lora")
     with pytest.raises(PruningError, match="made for 4 layers in 'model.layers'; this model has 3"):
         prune_layers(prune_layers(model, plan), plan)
     with pytest.raises(LayerProbeError, match="needs repo_id="):

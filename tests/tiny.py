@@ -64,8 +64,13 @@ FAMILIES = {
 def tiny_model(family: str, seed: int = 0) -> tf.PreTrainedModel:
     """A random model in which every layer matters: matrices are N(0, 1 / fan_in) instead of the usual tiny values."""
     model_class, config = FAMILIES[family]
+    return redrawn(model_class(config()), seed)
+
+
+def redrawn(model: tf.PreTrainedModel, seed: int = 0) -> tf.PreTrainedModel:
+    """The model with random matrices that matter, in evaluation mode."""
     torch.manual_seed(seed)
-    model = model_class(config()).eval()
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:

@@ -76,6 +76,7 @@ def plan(
 
 
 def prune(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="A new or empty folder for the pruned model.")],
     model: Model = DEFAULT_MODEL,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan written by `plan --output`.")] = None,
@@ -114,12 +115,16 @@ def prune(
     from .outputs import number, ranges, show_json, show_table
 
     check_new_folder(output)
-    given = {"--ratio": ratio, "--num-layers": num_layers, "--remove": remove, "--keep": keep}
-    conflicting = [name for name, value in given.items() if value is not None]
-    if plan_file is not None and conflicting:
-        raise typer.BadParameter(
-            f"a plan says what to remove; leave out {', '.join(conflicting)}.", param_hint="--plan"
-        )
+    if plan_file is not None:
+        ignored = ["by", "ratio", "num_layers", "remove", "keep", "stack"]
+        if max_loss_increase is None:
+            ignored += ["text", "column", "max_tokens"]  # only read to measure the loss
+        given = [name for name in ignored if context.get_parameter_source(name).name != "DEFAULT"]
+        if given:
+            raise typer.BadParameter(
+                f"a plan says what to remove; leave out {', '.join('--' + name.replace('_', '-') for name in given)}.",
+                param_hint="--plan",
+            )
     loaded = open_model(model)
     if plan_file is not None:
         chosen = PruningPlan.load(plan_file)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..activations.data import text_rows
 from ..errors import LayerProbeError
+from ..modes import evaluating
 from ..progress import progress
 from ..scores.loss import IGNORED, check_causal, summed_loss
 
@@ -137,23 +138,16 @@ def _windows(text: str, tokenizer, max_length: int) -> Iterator[tuple[list[int],
 
 
 def _evaluate(model: PreTrainedModel, windows: list, size: int, batch_size: int) -> Evaluation:
-    training = model.training
-    model.eval()
     total = torch.zeros((), dtype=torch.float64)
-    try:
-        groups = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+    groups = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+    with evaluating(model), torch.no_grad():
         for group in progress(groups, desc="Perplexity", unit="batch"):
             length = len(group[0][0])
             ids = torch.tensor([read + [0] * (length - len(read)) for read, _ in group])
             labels = torch.tensor([wanted + [IGNORED] * (length - len(wanted)) for _, wanted in group])
             mask = (labels != IGNORED).long()
-            with torch.no_grad():
-                logits = model(
-                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-                ).logits
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
             total += summed_loss(logits, labels.to(logits.device))
-    finally:
-        model.train(training)
     tokens = sum(len(wanted) for _, wanted in windows)
     loss = total.item() / tokens
     return Evaluation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -21,20 +22,28 @@ def hidden_output(output) -> torch.Tensor:
 
 
 @contextmanager
-def bypassed(stack: LayerStack, layers: Iterable[int]) -> Iterator[None]:
+def bypassed(stack: LayerStack, layers: Iterable[int]) -> Iterator[set[int]]:
     """Within the context, the named layers (0-based) hand their input on unchanged.
 
     The layer still runs and only its residual output is replaced: what else it returns (a position bias that later
     layers reuse) and what it writes to a cache stay as they are.
-    """
 
-    def hand_on(_module, args, kwargs, output):
+    Yields:
+        The bypassed layers that have run so far.
+    """
+    ran: set[int] = set()
+
+    def hand_on(index, _module, args, kwargs, output):
+        ran.add(index)
         hidden = hidden_input(args, kwargs)
         return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
 
-    handles = [stack.layers[i].register_forward_hook(hand_on, with_kwargs=True) for i in layers]
+    # Before other hooks: those that collect hidden states have to see the stream without the layer.
+    handles = [
+        stack.layers[i].register_forward_hook(partial(hand_on, i), with_kwargs=True, prepend=True) for i in layers
+    ]
     try:
-        yield
+        yield ran
     finally:
         for handle in handles:
             handle.remove()

@@ -1,6 +1,6 @@
 """What a kept set changes in the config besides the number of layers.
 
-Every table is by name: a list as long as the stack that is in none of them is refused, because lists of that length
+Indices by which other parts read single layers are in `taps`. Every table is by name: a list as long as the stack that is in none of them is refused, because lists of that length
 that mean something else exist (`encode_proj_layers`, `summary_idxs`) and guessing would save another model.
 """
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig
 
 from ..errors import PruningError
+from .taps import TAPS, tap_edits
 
 if TYPE_CHECKING:
     from .bind import ConfigBinding
@@ -96,15 +97,19 @@ def edited_config(
     node = config
     for name in binding.node:
         node = getattr(node, name)
-    edits = {binding.field: len(keep)} | _per_layer_edits(node, num_layers, keep)
+    edits = tap_edits(config, binding, num_layers, keep)
+    edits.setdefault(binding.node, {}).update(
+        {binding.field: len(keep)} | _per_layer_edits(node, num_layers, keep),
+    )
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         path = Path(folder, "config.json")
         saved = json.loads(path.read_text(encoding="utf-8"))
-        target = saved
-        for name in binding.node:
-            target = target.setdefault(name, {})
-        target.update(edits)
+        for names, values in edits.items():
+            target = saved
+            for name in names:
+                target = target.setdefault(name, {})
+            target.update(values)
         path.write_text(json.dumps(saved), encoding="utf-8")
         edited = type(config).from_pretrained(folder)
     edited.name_or_path = config.name_or_path
@@ -121,7 +126,7 @@ def _per_layer_edits(node: PreTrainedConfig, num_layers: int, keep: Sequence[int
         if isinstance(value, (list, tuple)):
             if name in LAYER_INDEX_LISTS:
                 edits[name] = [new_index[i] for i in value if i in new_index]
-            elif len(value) != num_layers or name in UNRELATED_LISTS:
+            elif len(value) != num_layers or name in UNRELATED_LISTS or name in TAPS:
                 continue
             elif name in PER_LAYER_LISTS or name in PER_LAYER_IF_LONG:
                 edits[name] = [value[i] for i in keep]

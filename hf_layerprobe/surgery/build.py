@@ -14,6 +14,7 @@ from ..errors import PruningError
 from ..stacks import LayerStack
 from ..stacks.bind import build_on_meta
 from ..stacks.config_edit import edited_config
+from ..stacks.taps import check_taps
 
 
 def build_pruned(stack: LayerStack, keep: Sequence[int]) -> PreTrainedModel:
@@ -33,22 +34,25 @@ def build_pruned(stack: LayerStack, keep: Sequence[int]) -> PreTrainedModel:
         PruningError: The new model needs a tensor that the kept layers do not have, or has no place for one.
     """
     original = stack.model
-    config = edited_config(original.config, stack.binding, stack.num_layers, keep)
+    check_taps(original.config, stack.binding, stack.num_layers, keep)
+    try:
+        config = edited_config(original.config, stack.binding, stack.num_layers, keep)
+    except PruningError:
+        raise
+    except Exception as error:  # config validators raise what they like
+        raise _inexpressible(stack, keep, error) from error
     if getattr(config, "quantization_config", None) is not None:
         # Only dense weights get this far (`check_prunable`): the entry says how the file they came from was stored.
         del config.quantization_config
     try:
         pruned = build_on_meta(original, config)
-    except Exception as error:  # validators and constructors raise what they like
-        raise PruningError(
-            f"{type(original).__name__} cannot be built with layers {list(keep)} of {stack.path!r} kept: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    except Exception as error:  # and so do constructors
+        raise _inexpressible(stack, keep, error) from error
     _check_tensors(stack, keep, pruned)
     _share_tensors(stack, keep, pruned)
     if original.can_generate():
         pruned.generation_config = copy.deepcopy(original.generation_config)
-    pruned.train(original.training)
+    _share_modes(stack, keep, pruned)
     return pruned
 
 
@@ -60,6 +64,13 @@ def own_tensors(model: PreTrainedModel) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.clone()
+
+
+def _inexpressible(stack: LayerStack, keep: Sequence[int], error: Exception) -> PruningError:
+    return PruningError(
+        f"{type(stack.model).__name__} cannot be built with layers {list(keep)} of {stack.path!r} kept: "
+        f"{type(error).__name__}: {error}"
+    )
 
 
 def _original_name(name: str, path: str, keep: Sequence[int]) -> str:
@@ -85,8 +96,12 @@ def _check_tensors(stack: LayerStack, keep: Sequence[int], pruned: PreTrainedMod
         for name, shape in new.items()
         if name in old and old[name] != shape
     ]
+    # What is not saved is computed from the config (a table for one kind of layer that is gone), so it may go too.
+    computed = set(_unsaved_buffers(stack.model))
     problems += [
-        f"{name} has no place in the pruned model" for name in old if name not in new and not name.startswith(dropped)
+        f"{name} has no place in the pruned model"
+        for name in old
+        if name not in new and name not in computed and not name.startswith(dropped)
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -94,6 +109,18 @@ def _check_tensors(stack: LayerStack, keep: Sequence[int], pruned: PreTrainedMod
             f"Keeping layers {list(keep)} of {stack.path!r} cannot be expressed in {type(pruned).__name__}: built from "
             f"the new config, its layers are of other kinds or sizes. {'; '.join(problems[:5])}{more}."
         )
+
+
+def _unsaved_buffers(model: nn.Module) -> Iterator[str]:
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name in module._non_persistent_buffers_set:
+            yield f"{path}.{name}" if path else name
+
+
+def _share_modes(stack: LayerStack, keep: Sequence[int], pruned: PreTrainedModel) -> None:
+    modules = dict(stack.model.named_modules(remove_duplicate=False))
+    for name, module in pruned.named_modules(remove_duplicate=False):
+        module.training = modules[_original_name(name, stack.path, keep)].training
 
 
 def _share_tensors(stack: LayerStack, keep: Sequence[int], pruned: PreTrainedModel) -> None:

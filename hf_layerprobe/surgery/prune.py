@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import LayerProbeError, PruningError
 from ..files import check_new_folder, new_folder
 from ..loading import load_model
-from ..plan import PruningPlan, plan_pruning
+from ..plan import PruningPlan, plan_pruning, refuse_options
 from ..stacks import LayerStack, resolve_stack
 from .build import build_pruned, own_tensors
 from .gate import verify as verify_pruned
@@ -35,6 +35,7 @@ def prune_layers(
     push_to_hub: bool = False,
     repo_id: str | None = None,
     verify: bool = True,
+    repair: None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Removes layers and returns a smaller, plain model of the same class; the given model is left as it was.
@@ -56,6 +57,7 @@ def prune_layers(
         repo_id: `"user/name"` on the Hub.
         verify: Check that the model (reloaded from the folder, if there is one) computes what the original does with the
             removed layers bypassed, and that it generates the same with its cache as without.
+        repair: Reserved; this version has no training after pruning.
         options: Options of [`score_layers`] for the rule.
 
     Returns:
@@ -63,8 +65,12 @@ def prune_layers(
 
     Raises:
         PruningError: The kept set cannot be expressed, or the check failed; nothing is left in `output_dir`.
-        LayerProbeError: Unusable input.
+        LayerProbeError: Unusable input, or arguments that would have no effect.
     """
+    if repair is not None:
+        raise LayerProbeError(
+            f"repair={repair!r} is not available in this version; prune first, then fine-tune the result with a Trainer."
+        )
     if push_to_hub and not (repo_id and output_dir):
         raise LayerProbeError("push_to_hub=True needs repo_id= ('user/name') and output_dir= (the folder to upload).")
     if output_dir is not None:
@@ -79,6 +85,10 @@ def prune_layers(
         )  # fmt: skip
     elif any(value is not None for value in (ratio, num_layers, remove, keep)):
         raise PruningError("Pass a plan, or say what to remove; not both.")
+    else:
+        given = {"by": by if by != "auto" else None, "data": data, "stack": stack}
+        given = {name: value for name, value in given.items() if value is not None}
+        refuse_options({**given, **options}, "the plan says what to remove")
     found = resolve_stack(model, plan.stack)
     if found.num_layers != plan.num_layers:
         raise PruningError(
