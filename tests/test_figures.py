@@ -60,7 +60,8 @@ def test_the_colour_scale_goes_from_chance_to_the_highest_but_does_not_blow_up_n
 def test_a_figure_of_maps_with_holes(tmp_path):
     holes = np.full((3, 3), np.nan)
     holes[:2, :2] = [[1.0, 0.4], [0.4, 1.0]]  # the last layer lacks the matrix
-    similarity = SimilarityMatrix({"q": holes}, {"q": 0.1}, "out", "layers", "paper")
+    names = {"q": ["0", "1", "2"]}
+    similarity = SimilarityMatrix({"q": holes}, {"q": 0.1}, "out", "layers", "paper", "docs", names, names)
     assert imread(heat_map(similarity, "q", tmp_path / "q.png"))[..., :3].std() > 0.05
 
 
@@ -79,3 +80,9 @@ def test_values_of_many_sizes_get_a_log_scale():
         _draw_scores(axes, scores(values=values))
         scales.append(axes.get_yscale())
     assert scales == ["linear", "log", "linear"]
+
+
+def test_a_figure_of_another_index_and_of_some_layers(tmp_path):
+    """No chance level to start the scale at, and the layers keep their numbers."""
+    similarity = docs(tiny_model("llama"), kinds=["q"], index="cka", layers=[1, 3])
+    assert imread(heat_map(similarity, "q", tmp_path / "q.png"))[..., :3].std() > 0.05

@@ -44,17 +44,27 @@ def heat_map(similarity: SimilarityMatrix, kind: str, path: str | Path) -> Path:
     Raises:
         KeyError: `similarity` has no such kind.
     """
-    values, chance = _off_diagonal(similarity[kind]), float(np.nanmean(similarity.chance[kind]))
+    values = _off_diagonal(similarity[kind])
+    # Only DOCS has a chance level; the scale of another index starts at its lowest value.
+    is_docs = similarity.index == "docs"
+    low = float(np.nanmean(similarity.chance[kind])) if is_docs else float(np.nanmin(values))
     figure = Figure(figsize=(5.6, 5.2), layout="constrained")
     axes = figure.add_subplot()
-    image = _draw_map(axes, values, low=chance, high=_highest(values, chance))
+    image = _draw_map(axes, values, low=low, high=_highest(values, low))
+    # The layers' own numbers: a map may hold some of them only, or experts.
+    for axis, names in ((axes.yaxis, similarity.rows[kind]), (axes.xaxis, similarity.columns[kind])):
+        axis.set_major_formatter(lambda at, _, names=names: names[int(at)] if 0 <= at < len(names) else "")
     axes.set_title(
-        f"DOCS similarity of {kind} (axis={similarity.axis!r})\n"
-        f"chance {chance:.3f}, mean of neighbours {similarity.mean_neighbour(kind):.3f}",
+        f"{similarity.index.upper()} similarity of {kind} (axis={similarity.axis!r})\n"
+        + (f"chance {low:.3f}, " if is_docs else "")
+        + f"mean of neighbours {similarity.mean_neighbour(kind):.3f}",
         fontsize=11,
     )
     axes.set(xlabel="layer", ylabel="layer")
-    figure.colorbar(image, ax=axes, shrink=0.85, extend="min", label="DOCS index, from chance upwards")
+    figure.colorbar(
+        image, ax=axes, shrink=0.85, extend="min" if is_docs else "neither",
+        label="DOCS index, from chance upwards" if is_docs else f"{similarity.index} index",
+    )  # fmt: skip
     return _write(figure, path)
 
 
