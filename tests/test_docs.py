@@ -102,7 +102,16 @@ def test_haar_pairs_score_at_chance_and_permuted_ones_at_one():
 
 
 @pytest.mark.parametrize(
-    "m, p, n", [(256, 256, 256), (768, 768, 768), (1536, 1536, 576), (576, 576, 1536), (192, 576, 576)]
+    "m, p, n",
+    [
+        (256, 256, 256),
+        (768, 768, 768),
+        (1536, 1536, 576),
+        (576, 576, 1536),
+        (192, 576, 576),
+        (64, 64, 64),
+        (2048, 2048, 16),
+    ],
 )
 def test_chance_level_agrees_with_simulation(m, p, n):
     generator = torch.Generator().manual_seed(1)
