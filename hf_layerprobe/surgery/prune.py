@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
@@ -141,8 +140,7 @@ def check_prunable(model: Any) -> None:
 
 
 def _save(pruned: PreTrainedModel, folder: Path, plan: PruningPlan, tokenizer) -> None:
-    with torch.no_grad():
-        pruned.save_pretrained(folder)
+    pruned.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     plan.save(folder)
