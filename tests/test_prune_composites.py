@@ -258,3 +258,15 @@ def test_a_plan_for_a_model_with_taps_is_checked_when_built():
     plan = plan_pruning(model, remove=[0])
     with pytest.raises(PruningError, match="deepstack_visual_indexes"):
         build_pruned(find_stacks(model)[0], plan.keep)
+
+
+def test_a_model_that_draws_random_numbers_is_compared_on_the_same_ones():
+    """ViT-MAE masks random patches in every pass, in evaluation too."""
+    config = tf.ViTMAEConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=16, patch_size=4,
+        decoder_hidden_size=32, decoder_intermediate_size=48, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
+    )  # fmt: skip
+    model = tf.ViTMAEModel(config)
+    state = torch.random.get_rng_state()
+    prune_layers(model, remove=[1])
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -106,7 +106,9 @@ def _image_inputs(model: PreTrainedModel) -> Iterator[Inputs]:
     """Two images, one for each text, in the forms that models take them."""
     generator = torch.Generator().manual_seed(1)
     accepted, vision = _accepted(model), getattr(model.config, "vision_config", None)
-    if "image_grid_thw" in accepted and vision is not None:
+    if "image_grid_thw" in accepted:
+        if not all(hasattr(vision, name) for name in ("spatial_merge_size", "temporal_patch_size", "patch_size")):
+            return  # patches of another form
         side = 2 * vision.spatial_merge_size
         values = _channels(vision) * vision.temporal_patch_size * vision.patch_size**2
         yield {
