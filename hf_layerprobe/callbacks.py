@@ -117,7 +117,7 @@ class LayerProbeCallback(TrainerCallback):
         if self._docs:
             next(read_matrices(stack, self.kinds))  # what cannot be read is refused now, not hours into training
         self._batches = _EvaluationBatches(stack, self._scores)
-        self._stream = LayerStream(stack, [self._batches], only_in_eval=True)
+        self._stream = LayerStream(stack, [self._batches], guest=True)
         if self._scores:
             self._stream.open()
 

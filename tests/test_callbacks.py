@@ -14,6 +14,7 @@ from tiny import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_layerprobe import LayerProbeError, docs, score_layers
+from hf_layerprobe.activations.masks import TokenMasks
 from hf_layerprobe.callbacks import LayerProbeCallback
 
 LENGTH, LAYERS = 6, 4
@@ -383,6 +384,32 @@ def test_the_model_can_be_copied_and_saved(make, tmp_path):
     # A copy that runs must not write into the numbers of the original.
     trainer.evaluate()
     assert logged(entries(trainer)[1]) == pytest.approx(expected(trainer).tolist(), rel=1e-6)
+
+
+def test_copies_and_files_of_a_watched_model_watch_nothing(make):
+    trainer = make(LayerProbeCallback())
+    trainer.evaluate()
+    buffer = io.BytesIO()
+    torch.save(trainer.model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(trainer.model), torch.load(buffer, weights_only=False)):
+        assert model_hooks(other) == 2  # what PyTorch carries along
+        for hook in (*other._forward_pre_hooks.values(), *other._forward_hooks.values()):
+            assert hook.__self__.stack is None and not hook.__self__.accumulators
+        other.eval()(torch.arange(12).view(2, 6))
+        assert not any(layer._forward_hooks for layer in other.model.layers)
+
+
+def test_padding_that_cannot_be_told_apart_does_not_stop_training(make, caplog, monkeypatch):
+    def refuse(_masks, _hidden):
+        raise LayerProbeError("which of those are padding is unknown")
+
+    monkeypatch.setattr(TokenMasks, "fit", refuse)
+    trainer = make(LayerProbeCallback("avss"))
+    with caplog.at_level("WARNING", "hf_layerprobe"):
+        trainer.evaluate()
+    assert not entries(trainer)
+    assert "not measured: which of those" in caplog.text and "avss are not logged" in caplog.text
 
 
 def test_weights_gone_to_nan_do_not_stop_training(make, caplog):

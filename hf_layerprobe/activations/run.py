@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ..errors import LayerProbeError
+from ..modes import evaluating
 from ..progress import progress
 from ..stacks import LayerStack
-from .data import Batch
+from .data import Batch, check_positive
 from .stream import Accumulator, LayerStream
 
 
@@ -22,17 +23,21 @@ def run_pass(
     """Runs the model over the data in eval mode, without gradients and without a cache.
 
     Args:
-        stack: The layers to watch; its model is run and left in the mode it was in.
+        stack: The layers to watch; its model is run, and its modules are left in the modes they were in.
         accumulators: What to compute.
         data: Batches of model inputs; see [`batches`].
         max_tokens: Stop once this many tokens (padding not counted) have been seen.
 
     Returns:
-        What was used: `tokens`, `sequences`, and a `fingerprint` (SHA-256) of the main inputs and masks.
+        What was used: `tokens` (those of the stack that counted), `sequences`, and a `fingerprint` (SHA-256) of the
+        main inputs and masks.
 
     Raises:
-        LayerProbeError: No data, or weights that are not in memory.
+        LayerProbeError: No data, weights that are not in memory, `max_tokens` that is no positive number, or padding
+            that cannot be told apart in what the layers see.
     """
+    if max_tokens is not None:
+        check_positive(max_tokens=max_tokens)
     model = stack.model
     if any(parameter.is_meta for parameter in model.parameters()):
         raise LayerProbeError(
@@ -41,30 +46,33 @@ def run_pass(
         )
     accepted = inspect.signature(model.forward).parameters
     fixed = {"use_cache": False} if "use_cache" in accepted else {}
-    seen = {"tokens": 0, "sequences": 0}
+    count = TokenCount()
+    sequences = 0
     digest = hashlib.sha256()
-    training = model.training
-    model.eval()
-    try:
-        with LayerStream(stack, accumulators), torch.no_grad():
-            for batch in progress(data, desc="Calibration", unit="batch"):
-                main = _main_input(batch, model)
-                mask = batch.get("attention_mask")
-                for tensor in (main, mask):
-                    if tensor is not None:
-                        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-                seen["sequences"] += len(main)
-                seen["tokens"] += (
-                    int(mask.sum()) if mask is not None else main[..., 0].numel() if main.dim() > 2 else main.numel()
-                )
-                model(**{name: value.to(model.device) for name, value in batch.items()}, **fixed)
-                if max_tokens is not None and seen["tokens"] >= max_tokens:
-                    break
-    finally:
-        model.train(training)
-    if not seen["sequences"]:
+    with evaluating(model), LayerStream(stack, [count, *accumulators]), torch.no_grad():
+        for batch in progress(data, desc="Calibration", unit="batch"):
+            main = _main_input(batch, model)
+            for tensor in (main, batch.get("attention_mask")):
+                if tensor is not None:
+                    digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+            sequences += len(main)
+            model(**{name: value.to(model.device) for name, value in batch.items()}, **fixed)
+            if max_tokens is not None and count.tokens >= max_tokens:
+                break
+    if not sequences:
         raise LayerProbeError("The data yielded no batch: it is empty, or every text is.")
-    return {**seen, "fingerprint": digest.hexdigest()}
+    return {"tokens": int(count.tokens), "sequences": sequences, "fingerprint": digest.hexdigest()}
+
+
+class TokenCount:
+    """How many of a stack's tokens have counted."""
+
+    def __init__(self):
+        self.tokens: int | torch.Tensor = 0  # a tensor until somebody asks, so that nothing waits for the device
+
+    def update(self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
+        if layer == 0:
+            self.tokens = self.tokens + (before.shape[:2].numel() if mask is None else mask.sum())
 
 
 def _main_input(batch: Batch, model: torch.nn.Module) -> torch.Tensor:

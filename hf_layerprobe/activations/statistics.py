@@ -35,9 +35,8 @@ class RunningStatistics:
         """
         if self.count.device != means.device and means.device.type != "mps":
             self._move(means.device)
-        weight, means, variances, small = (
-            t.to(self.count.device, torch.float64) for t in (weight, means, variances, small)
-        )
+        # One after the other: MPS cannot convert to float64.
+        weight, means, variances, small = (t.to(self.count.device).double() for t in (weight, means, variances, small))
         # A row of padding may hold anything; NaN times zero is NaN.
         used = weight > 0
         means, variances, small = (torch.where(used, t, 0) for t in (means, variances, small))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,13 @@ class PooledAVSS:
         num_layers: Number of layers.
         eps: Values below this magnitude count as inactive.
         relative: Take the update u = x_out − x_in in units of rms(x_in), token by token, instead of the output.
+
+    Raises:
+        LayerProbeError: `eps` is not positive.
     """
 
     def __init__(self, num_layers: int, *, eps: float, relative: bool):
-        self.eps = eps
+        self.eps = check_eps(eps)
         self.relative = relative
         self.statistics = RunningStatistics(num_layers)
 
@@ -56,10 +58,17 @@ class ReleasedAVSS:
 
     The variance (unbiased) is over the hidden dimension of the state averaged over the sequence, then averaged over
     the batch.
+
+    Args:
+        num_layers: Number of layers.
+        eps: Values below this magnitude count as inactive.
+
+    Raises:
+        LayerProbeError: `eps` is not positive.
     """
 
-    def __init__(self, num_layers: int, *, eps: float):
-        self.eps = eps
+    def __init__(self, num_layers: int, *, eps: float = EPS["released"]):
+        self.eps = check_eps(eps)
         self.batches = torch.zeros(num_layers, dtype=torch.float64)
         self.values = torch.zeros(num_layers, dtype=torch.float64)
         self.variance = torch.zeros(num_layers, dtype=torch.float64)
@@ -70,11 +79,32 @@ class ReleasedAVSS:
         self.batches[layer] += 1
         self.values[layer] += after.numel()
         self.variance[layer] += after.mean(1).var(1).mean().cpu()
-        self.sparsity[layer] += (after.abs() < self.eps).double().mean().cpu()
+        self.sparsity[layer] += (after.abs() < self.eps).sum().cpu().double() / after.numel()
 
     def compute(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         sparsity = torch.maximum(self.sparsity / self.batches, 1 / self.values)
         return avss_from((self.variance / self.batches).numpy(), sparsity.numpy(), normalise=False)
+
+
+def check_eps(eps: float) -> float:
+    """The threshold of inactivity, if it can be one.
+
+    Raises:
+        LayerProbeError: It is not positive.
+    """
+    if not eps > 0:
+        raise LayerProbeError(f"eps must be positive, got {eps}.")
+    return eps
+
+
+def published(num_layers: int, *, eps: float = EPS["published"]) -> PooledAVSS:
+    """The variant `"published"` of [`avss`]."""
+    return PooledAVSS(num_layers, eps=eps, relative=False)
+
+
+def relative(num_layers: int, *, eps: float = EPS["relative"]) -> PooledAVSS:
+    """The variant `"relative"` of [`avss`]."""
+    return PooledAVSS(num_layers, eps=eps, relative=True)
 
 
 def avss_from(
@@ -131,22 +161,21 @@ def avss(
         Scores, higher is more important; `details` has variance, sparsity, normalised and cumulative AVSS.
 
     Raises:
-        LayerProbeError: Unknown variant or site, no data, weights not in memory, or activations that are not finite.
+        LayerProbeError: Unknown variant, site or option, `eps` that is not positive, no data, weights not in memory, or
+            activations that are not finite.
     """
     if variant not in EPS:
         raise LayerProbeError(f"Unknown AVSS variant {variant!r}; the variants are {', '.join(EPS)}.")
     if site != "layer":
         raise LayerProbeError(f"Unknown site {site!r}; AVSS is measured at 'layer', the output of the whole layer.")
     if eps is not None:
-        if eps <= 0:
-            raise LayerProbeError(f"eps must be positive, got {eps}.")
         options["eps"] = eps
     return score_layers(model, data, by=f"avss-{variant}", stack=stack, tokenizer=tokenizer, **options)
 
 
 for _name, _make, _source in (
-    ("avss-published", partial(PooledAVSS, relative=False, eps=EPS["published"]), PAPER),
-    ("avss-released", partial(ReleasedAVSS, eps=EPS["released"]), f"{PAPER}, the authors' released code"),
-    ("avss-relative", partial(PooledAVSS, relative=True, eps=EPS["relative"]), OURS),
+    ("avss-published", published, PAPER),
+    ("avss-released", ReleasedAVSS, f"{PAPER}, the authors' released code"),
+    ("avss-relative", relative, OURS),
 ):
     register(_name, _make, source=_source, higher_is_more_important=True, needs_data=True)

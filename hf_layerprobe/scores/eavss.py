@@ -10,9 +10,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..activations import LayerStream
+from ..activations.data import check_positive, longest, token_ids
 from ..errors import LayerProbeError
+from ..modes import evaluating
+from ..precision import widest
 from ..progress import progress
 from ..stacks import LayerStack, resolve_stack
+from .avss import check_eps
 from .registry import OURS
 from .results import LayerScores
 
@@ -32,13 +36,15 @@ class SequenceMoments:
         self.layers: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
 
     def update(self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
-        before, after = before.double(), after.double()
+        wide = widest(before.device)
+        before, after = before.to(wide), after.to(wide)
         rms = before.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         update = (after - before) / rms
-        weight = self.tokens.to(update.device).double()  # [batch, tokens]
+        weight = self.tokens.to(update.device, wide)  # [batch, tokens]
         sums = [torch.full_like(update[..., 0], update.shape[-1]), update.sum(-1), update.square().sum(-1)]
-        sums.append((update.abs() < self.eps).double().sum(-1))
-        self.layers[layer].append(torch.stack([(part * weight).sum(1) for part in sums], -1).cpu())  # [batch, 4]
+        sums.append((update.abs() < self.eps).sum(-1).to(wide))
+        moments = torch.stack([(part * weight).sum(1) for part in sums], -1)  # [batch, 4]
+        self.layers[layer].append(moments.cpu().double())
 
     def moments(self) -> np.ndarray:
         """`[sequences, layers, 4]`."""
@@ -72,7 +78,8 @@ def eavss(
         eps: Threshold of inactivity, in units of the stream.
         stack: Path of the stack; the main one by default.
         batch_size: Sequences a batch.
-        max_length: Tokens a sequence; longer prompts lose their beginning, never the answer.
+        max_length: Tokens a sequence, no more than the positions that the model has; longer prompts lose their
+            beginning, never the answer.
         resamples: Bootstrap resamples of the pairs.
         confidence: Coverage of the interval.
         seed: Of the bootstrap.
@@ -82,8 +89,12 @@ def eavss(
         and `covers_zero`, 1 for each layer whose interval covers zero.
 
     Raises:
-        LayerProbeError: Fewer than two pairs, a missing column, an empty answer, or values that are not finite.
+        LayerProbeError: Fewer than two pairs, a missing column, an empty answer, a size or `eps` that is not positive, or
+            values that are not finite.
     """
+    check_positive(batch_size=batch_size, max_length=max_length, resamples=resamples)
+    check_eps(eps)
+    max_length = longest(model, max_length)
     found = resolve_stack(model, stack)
     rows = list(pairs)
     if len(rows) < 2:
@@ -121,8 +132,8 @@ def eavss(
 
 def _answer_tokens(prompt: str, answer: str, tokenizer, max_length: int) -> tuple[list[int], int]:
     """Token ids of prompt and answer, and how many at the end are the answer."""
-    before = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
-    ids = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"][:max_length]
+    before = token_ids(tokenizer, prompt) if prompt else []
+    ids = token_ids(tokenizer, answer, add_special_tokens=False)[:max_length]
     if not ids:
         raise LayerProbeError(f"An answer to {prompt[:60]!r} has no tokens.")
     room = max_length - len(ids)
@@ -132,22 +143,17 @@ def _answer_tokens(prompt: str, answer: str, tokenizer, max_length: int) -> tupl
 def _measure(stack: LayerStack, sequences: list, eps: float, batch_size: int, pad: int) -> np.ndarray:
     model = stack.model
     moments = SequenceMoments(stack.num_layers, eps)
-    training = model.training
-    model.eval()
-    try:
-        with LayerStream(stack, [moments]), torch.no_grad():
-            for start in progress(range(0, len(sequences), batch_size), desc="EAVSS", unit="batch"):
-                group = sequences[start : start + batch_size]
-                length = max(len(ids) for ids, _ in group)
-                ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in group])
-                lengths = torch.tensor([len(ids) for ids, _ in group])[:, None]
-                answers = torch.tensor([answer for _, answer in group])[:, None]
-                position = torch.arange(length)[None]
-                moments.tokens = (position < lengths) & (position >= lengths - answers)
-                mask = (position < lengths).long()
-                model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-    finally:
-        model.train(training)
+    with evaluating(model), LayerStream(stack, [moments]), torch.no_grad():
+        for start in progress(range(0, len(sequences), batch_size), desc="EAVSS", unit="batch"):
+            group = sequences[start : start + batch_size]
+            length = max(len(ids) for ids, _ in group)
+            ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in group])
+            lengths = torch.tensor([len(ids) for ids, _ in group])[:, None]
+            answers = torch.tensor([answer for _, answer in group])[:, None]
+            position = torch.arange(length)[None]
+            moments.tokens = (position < lengths) & (position >= lengths - answers)
+            mask = (position < lengths).long()
+            model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
     return moments.moments()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..precision import widest
 from .registry import register
 
 
@@ -19,7 +20,7 @@ class BlockInfluence:
         cosines = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [batch, tokens]
         if mask is not None:
             cosines = torch.where(mask, cosines, 0)
-        self.cosines[layer] += cosines.sum(dtype=torch.float64).cpu()
+        self.cosines[layer] += cosines.sum(dtype=widest(cosines.device)).cpu()
         self.tokens[layer] += cosines.numel() if mask is None else mask.sum().cpu()
 
     def compute(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:

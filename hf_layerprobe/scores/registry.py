@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import LayerProbeError
 
@@ -28,6 +30,27 @@ class Score:
     needs_data: bool
     make: Callable
 
+    def check_options(self, options: Mapping[str, Any], *others: str) -> None:
+        """Refuses options that `make` does not have.
+
+        Args:
+            options: What a caller wants to pass to `make`.
+            others: Names that the caller may have meant, which are not options of the score.
+
+        Raises:
+            LayerProbeError: The message lists the options and the nearest name.
+        """
+        parameters = list(inspect.signature(self.make).parameters.values())[1:]
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return
+        names = [parameter.name for parameter in parameters]
+        for option in options:
+            if option not in names:
+                known = ", ".join(names) or "it has none"
+                raise LayerProbeError(
+                    f"{self.name} has no option {option!r}.{_nearest(option, [*names, *others])} Its options: {known}."
+                )
+
 
 SCORES: dict[str, Score] = {}
 OURS = "our own definition"
@@ -44,7 +67,12 @@ def get_score(name: str) -> Score:
         LayerProbeError: No such score; the message lists the names and the nearest one.
     """
     if name not in SCORES:
-        near = difflib.get_close_matches(str(name), SCORES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise LayerProbeError(f"Unknown score {name!r}.{hint} Registered: {', '.join(sorted(SCORES))}.")
+        raise LayerProbeError(
+            f"Unknown score {name!r}.{_nearest(str(name), SCORES)} Registered: {', '.join(sorted(SCORES))}."
+        )
     return SCORES[name]
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

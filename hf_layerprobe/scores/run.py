@@ -15,6 +15,7 @@ from .registry import Score, get_score
 from .results import LayerScores
 
 ALIASES = {"avss": "avss-relative"}
+PASS_OPTIONS = ("stack", "tokenizer", "batch_size", "max_length", "pack", "max_tokens")
 
 
 @overload
@@ -47,7 +48,8 @@ def score_layers(
         stack: Path of the stack; the main one by default.
         tokenizer: Needed for texts.
         batch_size: Sequences a batch, for texts and tokenised rows.
-        max_length: Tokens a sequence at most, for texts and tokenised rows.
+        max_length: Tokens a sequence at most, for texts and tokenised rows; no more than the positions that the model
+            has.
         pack: Join texts to full-length sequences; by default for decoder-only models.
         max_tokens: Stop after this many tokens.
         options: Options of the score, such as `eps`; only with a single score.
@@ -56,12 +58,17 @@ def score_layers(
         The scores, or a dict by name when several were asked for.
 
     Raises:
-        LayerProbeError: Unknown score, missing or empty data, weights not in memory, activations that are not finite.
+        LayerProbeError: No or an unknown score or option, missing, empty or unsuitable data, padding that cannot be
+            told apart in what the layers see, weights not in memory, scores that are not finite.
     """
     names = [by] if isinstance(by, str) else list(by)
     scores = [get_score(ALIASES.get(name, name)) for name in names]
+    if not scores:
+        raise LayerProbeError("by= names no score; pass one or several, for example by=['avss', 'influence'].")
     if options and len(scores) != 1:
         raise LayerProbeError(f"Options {sorted(options)} belong to one score; {len(scores)} were asked for.")
+    for score in scores:
+        score.check_options(options, *PASS_OPTIONS)
     found = resolve_stack(model, stack)
     results: dict[str, LayerScores] = {}
     streamed = {
@@ -85,6 +92,11 @@ def score_layers(
 
 def _result(score: Score, values: np.ndarray, details: dict, stack: LayerStack, used: dict[str, Any]) -> LayerScores:
     bad = np.flatnonzero(~np.isfinite(values)).tolist()
+    if bad and not score.needs_data:
+        raise LayerProbeError(
+            f"{score.name} of layers {bad} ({stack.path}) is undefined: it is computed from the weights, and those layers "
+            "have nothing that it can compare. Restrict it less (kinds=, for one), or use another score."
+        )
     if bad:
         raise LayerProbeError(
             f"{score.name} of layers {bad} ({stack.path}) is not finite: the weights or activations there hold NaN or "
