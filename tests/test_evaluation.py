@@ -70,6 +70,14 @@ def test_a_data_set_of_texts():
     assert evaluate_model(model, dataset, tokenizer=Bytes()) == evaluate_model(model, TEXTS, tokenizer=Bytes())
 
 
+def test_windows_are_no_longer_than_the_model():
+    model = tiny_model("gpt2")  # 64 positions
+    found = evaluate_model(model, ["a long text " * 20], tokenizer=Bytes())
+    assert found == evaluate_model(model, ["a long text " * 20], tokenizer=Bytes(), max_length=64)
+    with pytest.raises(LayerProbeError, match="batch_size must be a positive whole number, got 0"):
+        evaluate_model(model, TEXTS, tokenizer=Bytes(), batch_size=0)
+
+
 def test_the_mode_is_left_as_it_was():
     model = tiny_model("llama").train()
     model.model.layers[1].eval()

@@ -51,6 +51,17 @@ def test_the_pruning_block(names, tmp_path, monkeypatch):
     assert type(tf.AutoModelForCausalLM.from_pretrained("smaller")) is tf.LlamaForCausalLM
 
 
+def test_the_block_of_maps(names, tmp_path):
+    block = next(block for block in BLOCKS if 'resume="rows"' in block).replace(
+        "org/name", str(tiny_folder(tmp_path / "m"))
+    )
+    exec(
+        "from hf_layerprobe import docs\n" + block,
+        names | {"base": tiny_model("llama"), "tuned": tiny_model("llama", 1)},
+    )
+    assert (tmp_path / "maps.safetensors").is_file() and any((tmp_path / "rows").iterdir())
+
+
 def test_the_block_of_functions(names):
     block = next(block for block in BLOCKS if "docs_similarity" in block)
     exec(block.replace("remove=[3, 12]", "remove=[3, 1]"), names)

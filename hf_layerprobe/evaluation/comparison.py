@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..activations.data import text_rows
+from ..activations.data import check_positive, longest, text_rows
 from ..errors import LayerProbeError
 from ..modes import evaluating
 from ..progress import progress
@@ -102,22 +102,25 @@ def evaluate_model(
         data: Texts, or a `datasets.Dataset` with a text column.
         tokenizer: The tokenizer of the model, and of the baseline.
         baseline: The model before pruning, or its evaluation on the same data (`Comparison.after`).
-        max_length: Tokens a window.
+        max_length: Tokens a window; no more than the positions that the model has (by its config).
         batch_size: Windows a batch.
 
     Returns:
         The evaluation of the model as `.after`, of the baseline as `.before`.
 
     Raises:
-        LayerProbeError: No text, no tokenizer, or a model that does not predict the next token.
+        LayerProbeError: No text, no tokenizer, a size that is not positive, or a model that does not predict the next
+            token.
     """
     if tokenizer is None:
         raise LayerProbeError("evaluate_model measures on text, so it needs tokenizer=.")
+    check_positive(max_length=max_length, batch_size=batch_size)
+    models = [model] if baseline is None or isinstance(baseline, Evaluation) else [model, baseline]
+    max_length = min(longest(each, max_length) for each in models)
     texts = [text for text in text_rows(data) if text]
     windows = sorted((w for text in texts for w in _windows(text, tokenizer, max_length)), key=lambda w: -len(w[0]))
     if not windows:
         raise LayerProbeError("The data has no text to evaluate on: it is empty, or every text is.")
-    models = [model] if baseline is None or isinstance(baseline, Evaluation) else [model, baseline]
     for each in models:
         check_causal(each)
     size = sum(len(text.encode()) for text in texts)
