@@ -56,9 +56,8 @@ def find_sources(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Sourc
         source.keys.append((key, pattern))
         for target in converter.target_patterns[1:]:
             sources.setdefault(name.replace(converter.target_patterns[0], target), source)
-    for name, twin in getattr(
-        model, "all_tied_weights_keys", {}
-    ).items():  # of parameters shared by layers, one is saved
+    # Of parameters that layers share, the files hold one.
+    for name, twin in getattr(model, "all_tied_weights_keys", {}).items():
         if twin in sources and sources[twin].converter is None:
             sources.setdefault(name, sources[twin])
     return sources
