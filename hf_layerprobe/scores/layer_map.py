@@ -143,15 +143,15 @@ class _Side:
             raise LayerProbeError(
                 f"layers: {wrong} do not exist; the stack has layers 0 to {self.stack.num_layers - 1}."
             )
-        # kind → units, and unit → (vectors, length of a vector)
+        # kind → units, and unit → (vectors, length of a vector) for those that have the kind
         self.units: dict[str, list[Unit]] = {}
         self.shapes: dict[tuple[str, Unit], tuple[int, int]] = {}
         for kind in self.weights.kinds:
             for layer in chosen:
-                for unit, (out, into) in self._shapes(layer, kind):
-                    self.units.setdefault(kind, []).append(unit)
+                found = self._shapes(layer, kind)
+                self.units.setdefault(kind, []).extend([unit for unit, _ in found] or [Unit(layer)])
+                for unit, (out, into) in found:
                     self.shapes[kind, unit] = (out, into) if axis == "out" else (into, out)
-        self.layers = list(chosen)
 
     def _shapes(self, layer: int, kind: str):
         parts = self.weights.shapes(layer, kind)
@@ -189,12 +189,14 @@ def _blocks(here: _Side, there: _Side, symmetric: bool, known: bool, notes: list
     for kind in here.units:
         lengths: dict[int, list[str]] = {}
         for row, unit in enumerate(here.units[kind]):
+            if (kind, unit) not in here.shapes:
+                continue
             m, length = here.shapes[kind, unit]
             lengths.setdefault(length, []).append(str(unit))
             columns = tuple(
                 column
                 for column, partner in enumerate(there.units.get(kind, ()))
-                if there.shapes[kind, partner][1] == length
+                if there.shapes.get((kind, partner), (0, 0))[1] == length
                 and not (symmetric and column < row)
                 and not (known and column == row)
             )
@@ -204,7 +206,7 @@ def _blocks(here: _Side, there: _Side, symmetric: bool, known: bool, notes: list
         if len(lengths) > 1:
             groups = "; ".join(f"{', '.join(units)} ({length})" for length, units in lengths.items())
             notes.append(f"{kind}: vectors of several lengths, compared within groups only: {groups}")
-        lacking = [layer for layer in here.layers if layer not in {unit.layer for unit in here.units[kind]}]
+        lacking = [unit.layer for unit in here.units[kind] if (kind, unit) not in here.shapes]
         if lacking:
             notes.append(f"{kind}: layers {lacking} have no such matrix")
     return blocks
@@ -286,9 +288,9 @@ def _assemble(here, there, blocks, rows, options, itself: float | None, notes) -
         values[kind] = np.full((len(units), len(columns)), np.nan)
         errors[kind] = np.full_like(values[kind], np.nan)
         if itself is not None:
-            np.fill_diagonal(values[kind], itself)  # by definition
-            np.fill_diagonal(errors[kind], 0)
-        shapes = [[side.shapes[kind, unit] for unit in side.units.get(kind, ())] for side in (here, there)]
+            present = [position for position, unit in enumerate(units) if (kind, unit) in here.shapes]
+            values[kind][present, present], errors[kind][present, present] = itself, 0  # by definition
+        shapes = [[side.shapes.get((kind, unit)) for unit in side.units.get(kind, ())] for side in (here, there)]
         chance[kind] = _chance(*shapes) if index == "docs" else np.nan
     for block in blocks:
         for column, (value, error) in zip(block.columns, rows[block.key], strict=True):
@@ -314,13 +316,14 @@ def _assemble(here, there, blocks, rows, options, itself: float | None, notes) -
     )
 
 
-def _chance(rows: list[tuple[int, int]], columns: list[tuple[int, int]]) -> float | np.ndarray:
-    if len({*rows, *columns}) == 1:
-        vectors, length = rows[0]
+def _chance(rows: list[tuple[int, int] | None], columns: list[tuple[int, int] | None]) -> float | np.ndarray:
+    shapes = {*rows, *columns} - {None}
+    if len(shapes) == 1:
+        vectors, length = shapes.pop()
         return chance_level(vectors, vectors, length)
     levels = np.full((len(rows), len(columns)), np.nan)
-    for i, (x_vectors, x_length) in enumerate(rows):
-        for j, (y_vectors, y_length) in enumerate(columns):
-            if x_length == y_length:
-                levels[i, j] = chance_level(x_vectors, y_vectors, x_length)
+    for i, x in enumerate(rows):
+        for j, y in enumerate(columns):
+            if x and y and x[1] == y[1]:
+                levels[i, j] = chance_level(x[0], y[0], x[1])
     return levels
