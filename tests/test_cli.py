@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_folder
-from transformers import AutoModelForCausalLM
+from tiny import TEXT, tiny_folder
+from transformers import AutoModelForCausalLM, JambaConfig, JambaForCausalLM
 from typer.testing import CliRunner
 
 from hf_layerprobe import PruningPlan, __version__, evaluate_model
@@ -280,3 +280,13 @@ def test_short_forms():
         "1.0e-05",
     ]
     assert strict({"a": [float("nan"), float("inf"), 1.5, "x"]}) == {"a": [None, None, 1.5, "x"]}
+
+
+def test_docs_of_layers_that_stand_apart(tmp_path):
+    """Jamba's attention layers have no neighbour with a q matrix: a dash, not a traceback."""
+    config = JambaConfig(
+        **TEXT, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=4,
+        mamba_dt_rank=4,
+    )  # fmt: skip
+    JambaForCausalLM(config).save_pretrained(tmp_path / "jamba")
+    assert "–" in run("docs", tmp_path / "jamba", "--kinds", "q", "--figures", tmp_path / "figures").stdout

@@ -47,9 +47,11 @@ def docs(
         return show_json({"model": model, **similarity.to_dict(), "figures": files, "note": note})
     rows = []
     for kind in similarity.kinds:
-        neighbours = np.diagonal(similarity[kind], offset=1)
-        closest = int(np.nanargmax(neighbours))
-        chance, mean = float(np.nanmean(similarity.chance[kind])), similarity.mean_neighbour(kind)
+        neighbours, chance = np.diagonal(similarity[kind], offset=1), float(np.nanmean(similarity.chance[kind]))
+        if np.isnan(neighbours).all():  # hybrids: layers of one kind that stand apart
+            rows.append((kind, f"{chance:.3f}", "–", "–", "–"))
+            continue
+        closest, mean = int(np.nanargmax(neighbours)), similarity.mean_neighbour(kind)
         rows.append((kind, f"{chance:.3f}", f"{mean:.3f}", f"{neighbours[closest]:.3f}", f"{closest}, {closest + 1}"))
     show_table(
         f"DOCS similarity of layers, {similarity.stack} (axis={axis})",

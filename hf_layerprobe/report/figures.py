@@ -103,7 +103,9 @@ def overview(similarity: SimilarityMatrix, scores: Sequence[LayerScores], path: 
     high = max(_highest(values, 0) for values in maps.values())
     for axes, (kind, values) in zip(cells.flat[: len(maps)], maps.items(), strict=True):
         image = _draw_map(axes, values, low=0, high=high)
-        axes.set_title(f"{kind}  (neighbours {np.nanmean(np.diagonal(values, offset=1)):+.3f})", fontsize=10)
+        neighbours = np.diagonal(values, offset=1)
+        known = neighbours[~np.isnan(neighbours)]
+        axes.set_title(f"{kind}  (neighbours {known.mean():+.3f})" if len(known) else kind, fontsize=10)
     for axes in cells.flat[len(maps) :]:
         axes.set_axis_off()
     top.colorbar(image, ax=cells, shrink=0.6, extend="min", label="similarity above chance (1: identical)")
