@@ -149,6 +149,23 @@ def test_two_processes_equal_one(tmp_path):
         assert {kind: expected[kind].tolist() for kind in expected.kinds} == found
 
 
+def test_a_process_that_starts_late_does_its_own_share(tmp_path, monkeypatch):
+    """It finds the rows that the other one has saved by then; between them nothing is left out."""
+
+    def stop(found):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layer_map, "_gathered", stop)
+    for rank in (0, 1):
+        monkeypatch.setattr(layer_map, "_rank", lambda rank=rank: (rank, 2))
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(KeyboardInterrupt):
+            docs(tiny_model("llama"), resume=tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(layer_map, "_compare", lambda *_: pytest.fail("a row was left out"))
+    assert np.isfinite(docs(tiny_model("llama"), resume=tmp_path)["q"]).all()
+
+
 def test_the_work_is_shared_by_cost(monkeypatch):
     """One map costs far more than the others: by count one process would get most of the work."""
     blocks = [layer_map.Block("q", row, (0,), 1) for row in range(90)]

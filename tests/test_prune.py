@@ -235,6 +235,10 @@ def broken(kind):
     elif kind == "quantised":
         projection = model.model.layers[1].self_attn.q_proj
         projection.weight = torch.nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
+    elif kind == "offloaded":
+        from accelerate import cpu_offload
+
+        cpu_offload(model, torch.device("cpu"))
     elif kind == "peft":
         from peft import LoraConfig, get_peft_model
 
@@ -252,6 +256,7 @@ def broken(kind):
     "kind, message",
     [
         ("meta", "weights on the meta device"),
+        ("offloaded", "weights on the meta device"),
         ("nan", "gives NaN or infinite outputs"),
         ("quantised", "is quantised"),
         ("peft", "Merge a PEFT adapter first"),

@@ -117,12 +117,14 @@ def docs(
     blocks = _blocks(here, there, symmetric, known, notes)
     store = BlockStore(resume, _run_id(here, there, options)) if resume is not None else None
     rows = store.load() if store is not None else {}
-    todo = [block for block in blocks if block.key not in rows]
+    # All blocks are shared out, not only those left: a process that starts late finds rows that others have saved by
+    # then, and all must still agree on who does what.
+    todo = [block for block in _mine(blocks) if block.key not in rows]
     logger.info(f"{index}: {sum(len(b.columns) for b in todo)} pairs, {2e-12 * sum(b.cost for b in todo):.2f} TFLOP")
     second = lru_cache(maxsize=there.cached())(lambda kind, unit: there.load(kind, unit, index))
     first = second if there is here else lru_cache(maxsize=1)(lambda kind, unit: here.load(kind, unit, index))
     found = {}
-    for block in progress(_mine(todo), desc=index.upper(), unit="row"):
+    for block in progress(todo, desc=index.upper(), unit="row"):
         partners = (second(block.kind, there.units[block.kind][column]) for column in block.columns)
         found[block.key] = _compare(first(block.kind, here.units[block.kind][block.row]), partners, index, sample, seed)
         if store is not None:
