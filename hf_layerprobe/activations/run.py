@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,8 +12,10 @@ from ..errors import LayerProbeError
 from ..modes import evaluating
 from ..progress import progress
 from ..stacks import LayerStack
-from .data import Batch, check_positive
+from .data import check_positive
+from .fingerprint import Fingerprint
 from .stream import Accumulator, LayerStream
+from .text import Batch
 
 
 def run_pass(
@@ -29,8 +30,8 @@ def run_pass(
         max_tokens: Stop once this many tokens (padding not counted) have been seen.
 
     Returns:
-        What was used: `tokens` (those of the stack that counted), `sequences`, and a `fingerprint` (SHA-256) of the
-        main inputs and masks.
+        What was used: `tokens` (those of the stack that counted), `sequences`, a `fingerprint` (SHA-256) of the main
+        inputs without padding, and the `choices` of [`batches`].
 
     Raises:
         LayerProbeError: No data, weights that are not in memory, `max_tokens` that is no positive number, or padding
@@ -47,21 +48,21 @@ def run_pass(
     accepted = inspect.signature(model.forward).parameters
     fixed = {"use_cache": False} if "use_cache" in accepted else {}
     count = TokenCount()
-    sequences = 0
-    digest = hashlib.sha256()
+    fingerprint = Fingerprint(model)
     with evaluating(model), LayerStream(stack, [count, *accumulators]), torch.no_grad():
         for batch in progress(data, desc="Calibration", unit="batch"):
-            main = _main_input(batch, model)
-            for tensor in (main, batch.get("attention_mask")):
-                if tensor is not None:
-                    digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-            sequences += len(main)
+            fingerprint.update(batch)
             model(**{name: value.to(model.device) for name, value in batch.items()}, **fixed)
             if max_tokens is not None and count.tokens >= max_tokens:
                 break
-    if not sequences:
+    if not fingerprint.sequences:
         raise LayerProbeError("The data yielded no batch: it is empty, or every text is.")
-    return {"tokens": int(count.tokens), "sequences": sequences, "fingerprint": digest.hexdigest()}
+    return {
+        "tokens": int(count.tokens),
+        "sequences": fingerprint.sequences,
+        "fingerprint": fingerprint.hexdigest(),
+        **getattr(data, "choices", {}),
+    }
 
 
 class TokenCount:
@@ -73,12 +74,3 @@ class TokenCount:
     def update(self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
         if layer == 0:
             self.tokens = self.tokens + (before.shape[:2].numel() if mask is None else mask.sum())
-
-
-def _main_input(batch: Batch, model: torch.nn.Module) -> torch.Tensor:
-    name = getattr(model, "main_input_name", "input_ids")
-    if name in batch:
-        return batch[name]
-    if not batch:
-        raise LayerProbeError("A batch holds no tensors; expected a mapping of model inputs (name to tensor).")
-    return next(iter(batch.values()))

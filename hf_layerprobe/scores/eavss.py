@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..activations import LayerStream
-from ..activations.data import check_positive, longest, token_ids
+from ..activations.data import check_positive, longest
+from ..activations.text import token_ids
 from ..errors import LayerProbeError
 from ..modes import evaluating
 from ..precision import widest

@@ -41,25 +41,27 @@ def score_layers(
 
     Args:
         model: The model; run in eval mode and left as it was.
-        data: A list of texts or a `datasets.Dataset` with `tokenizer=`, or anything that yields model inputs (a list of
-            dicts of tensors, a `DataLoader`). Scores of the weights need none.
+        data: A list or a `datasets` data set of texts, conversations, images or audio, with `tokenizer=`, or anything that
+            yields model inputs (a list of dicts of tensors, a `DataLoader`, a Trainer's `get_eval_dataloader()`); see
+            `hf_layerprobe.activations.batches`. Scores of the weights need none.
         by: A registered name, or several: avss-relative (or avss for short), avss-published, avss-released, influence,
             docs, last, random.
         stack: Path of the stack; the main one by default.
-        tokenizer: Needed for texts.
-        batch_size: Sequences a batch, for texts and tokenised rows.
+        tokenizer: The model's tokenizer for texts and conversations, its processor for images and audio.
+        batch_size: Rows a batch, where batches are made here.
         max_length: Tokens a sequence at most, for texts and tokenised rows; no more than the positions that the model
             has.
-        pack: Join texts to full-length sequences; by default for decoder-only models.
-        max_tokens: Stop after this many tokens.
+        pack: Join texts to full-length sequences; by default for decoder-only models. The choice is in the result's
+            `data`.
+        max_tokens: Of texts and tokenised rows no more tokens than this; else stop after the batch that reaches it.
         options: Options of the score, such as `eps`; only with a single score.
 
     Returns:
         The scores, or a dict by name when several were asked for.
 
     Raises:
-        LayerProbeError: No or an unknown score or option, missing, empty or unsuitable data, padding that cannot be
-            told apart in what the layers see, weights not in memory, scores that are not finite.
+        LayerProbeError: No or an unknown score or option, missing, empty or unsuitable data, no tokenizer or processor
+            for them, `max_tokens` below one sequence that is not cut, padding that cannot be told apart in what the layers see, weights not in memory, scores that are not finite.
     """
     names = [by] if isinstance(by, str) else list(by)
     scores = [get_score(ALIASES.get(name, name)) for name in names]
@@ -82,7 +84,9 @@ def score_layers(
             raise LayerProbeError(
                 f"{', '.join(streamed)}: measured on activations, so data is needed (data=, tokenizer=)."
             )
-        rows = batches(data, model, tokenizer, batch_size=batch_size, max_length=max_length, pack=pack)
+        rows = batches(
+            data, model, tokenizer, batch_size=batch_size, max_length=max_length, pack=pack, max_tokens=max_tokens
+        )
         used = run_pass(found, [accumulator for _, accumulator in streamed.values()], rows, max_tokens=max_tokens)
     for name, score in zip(names, scores, strict=True):
         values, details = streamed[name][1].compute() if name in streamed else score.make(found, **options)

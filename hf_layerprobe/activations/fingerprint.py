@@ -1,0 +1,42 @@
+"""A fingerprint of the data that a model has run on."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from ..errors import LayerProbeError
+from .text import Batch
+
+
+class Fingerprint:
+    """SHA-256 of a model's main inputs in their order, and how many there were.
+
+    Token ids count without their padding, so that it is the same however the sequences were batched.
+
+    Attributes:
+        sequences: Number of rows seen.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._name = getattr(model, "main_input_name", "input_ids")
+        self._digest = hashlib.sha256()
+        self.sequences = 0
+
+    def update(self, batch: Batch) -> None:
+        if not batch:
+            raise LayerProbeError("A batch holds no tensors; expected a mapping of model inputs (name to tensor).")
+        main = batch.get(self._name, next(iter(batch.values()))).detach().cpu()
+        mask = batch.get("attention_mask")
+        padded = isinstance(mask, torch.Tensor) and mask.shape == main.shape
+        mask = mask.detach().cpu().bool() if padded else None
+        for index, row in enumerate(main):
+            row = row if mask is None else row[mask[index]]
+            self._digest.update(f"{row.dtype}{list(row.shape)}".encode())
+            self._digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        self.sequences += len(main)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
