@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Comparison",
     "Evaluation",
+    "HubError",
     "LayerProbe",
     "LayerProbeCallback",
     "LayerProbeError",
@@ -27,13 +28,15 @@ __all__ = [
     "find_stacks",
     "plan_pruning",
     "prune_layers",
+    "push_model",
     "score_layers",
 ]
 
 if TYPE_CHECKING:
     from .callbacks import LayerProbeCallback
-    from .errors import LayerProbeError, PruningError
+    from .errors import HubError, LayerProbeError, PruningError
     from .evaluation import Comparison, Evaluation, evaluate_model
+    from .hub import push_model
     from .plan import PruningPlan, plan_pruning
     from .probe import LayerProbe
     from .scores import LayerScores, SimilarityMatrix, avss, docs, docs_similarity, eavss, score_layers
@@ -42,8 +45,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "callbacks": ("LayerProbeCallback",),
-    "errors": ("LayerProbeError", "PruningError"),
+    "errors": ("HubError", "LayerProbeError", "PruningError"),
     "evaluation": ("Comparison", "Evaluation", "evaluate_model"),
+    "hub": ("push_model",),
     "plan": ("PruningPlan", "plan_pruning"),
     "probe": ("LayerProbe",),
     "scores": ("LayerScores", "SimilarityMatrix", "avss", "docs", "docs_similarity", "eavss", "score_layers"),

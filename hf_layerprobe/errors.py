@@ -11,3 +11,7 @@ class PruningError(LayerProbeError):
 
 class VerificationError(PruningError):
     """A pruned model that was measured and is not good enough to be handed on."""
+
+
+class HubError(LayerProbeError):
+    """The Hugging Face Hub cannot be reached, or refuses; no message has a token in it."""

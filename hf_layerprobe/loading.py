@@ -10,23 +10,28 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from .errors import LayerProbeError
 
 
-def load_model(name_or_path: str | Path) -> PreTrainedModel:
+def load_model(name_or_path: str | Path, *, token: str | bool | None = None) -> PreTrainedModel:
     """The model with its head: the class under `architectures` in its config, in the dtype it was saved in.
 
     Args:
         name_or_path: A local folder, or a Hub id (the only case that may use the network).
+        token: The token for the Hub, where the one of `hf auth login` or `HF_TOKEN` is not meant.
 
     Raises:
         LayerProbeError: The config names no class, or one that Transformers does not have.
         OSError: No such folder or Hub id.
     """
-    _, model_class = load_class(name_or_path)
-    return model_class.from_pretrained(name_or_path, dtype="auto")
+    _, model_class = load_class(name_or_path, token=token)
+    return model_class.from_pretrained(name_or_path, dtype="auto", token=token)
 
 
-def load_class(name_or_path: str | Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+def load_class(
+    name_or_path: str | Path, *, token: str | bool | None = None
+) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """The config of a checkpoint and the model class it names; raises as [`load_model`]."""
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)  # never asks, never runs its code
+    config = AutoConfig.from_pretrained(
+        name_or_path, token=token, trust_remote_code=False
+    )  # never asks, never runs its code
     name = (config.architectures or [""])[0]
     model_class = getattr(transformers, name, None) if name else None
     if model_class is None:

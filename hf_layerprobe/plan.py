@@ -19,12 +19,13 @@ from .activations import batches
 from .activations.data import text_rows
 from .errors import LayerProbeError, PruningError
 from .files import write_atomically
+from .hub import PLAN_FILE, fetch_file, is_repo_id
 from .scores import LayerScores, score_layers
 from .scores.loss import check_causal, held_out_losses
 from .scores.registry import get_score
 from .stacks import LayerStack, resolve_stack
+from .weights.checksum import sign_checksum
 
-FILE_NAME = "pruning_plan.json"
 # What `by="auto"` measures against each other: cheap rules, each with its own blind spot.
 AUTO_RULES = ("avss-relative", "influence", "docs", "last")
 AUTO_NEEDS = (
@@ -46,7 +47,7 @@ class PruningPlan:
         by: The rule: a score's name, "auto" or "explicit".
         scores: The score behind the choice (`LayerScores.to_dict()`), if there was one.
         candidates: For "auto": every plan that was measured, with its held-out loss in nats a token.
-        model: Class and type of the model that the plan was made for.
+        model: Class and type of the model that the plan was made for, and a checksum of its layers.
         versions: Versions of the packages that made it.
     """
 
@@ -76,7 +77,7 @@ class PruningPlan:
     def save(self, path: str | Path) -> Path:
         """Writes the plan to a file, or as `pruning_plan.json` into an existing folder."""
         path = Path(path)
-        path = path / FILE_NAME if path.is_dir() else path
+        path = path / PLAN_FILE if path.is_dir() else path
         write_atomically(path, self.to_json())
         return path
 
@@ -88,7 +89,7 @@ class PruningPlan:
             LayerProbeError: Not a plan, or one that was changed after it was written.
         """
         path = Path(path)
-        path = path / FILE_NAME if path.is_dir() else path
+        path = path / PLAN_FILE if path.is_dir() else path
         if not path.is_file():
             raise LayerProbeError(f"No pruning plan at {path}.")
         try:
@@ -103,6 +104,46 @@ class PruningPlan:
                 f"{plan.checksum()[:12]}…. Make the plan again instead of editing it."
             )
         return plan
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> PruningPlan:
+        """Reads the plan of a pruned model.
+
+        Args:
+            name_or_path: The folder of a pruned model, a plan's file, or the Hub id of a pruned model.
+            revision: Branch, tag or commit, on the Hub.
+            token: The token for the Hub, where the one of `hf auth login` or `HF_TOKEN` is not meant.
+
+        Raises:
+            LayerProbeError: See [`load`]; neither a folder nor a Hub id, or no plan in that repository.
+        """
+        if Path(name_or_path).exists():
+            return cls.load(name_or_path)
+        if not is_repo_id(str(name_or_path)):
+            raise LayerProbeError(
+                f"No pruning plan at {str(name_or_path)!r}: there is no such file or folder, and it is no Hub id ('user/name')."
+            )
+        return cls.load(fetch_file(str(name_or_path), PLAN_FILE, revision=revision, token=token))
+
+    def check_fits(self, stack: LayerStack) -> None:
+        """Refuses a model that the plan was not made for.
+
+        Raises:
+            PruningError: Another number of layers, or other weights than the plan was made from.
+        """
+        if stack.num_layers != self.num_layers:
+            raise PruningError(
+                f"The plan was made for {self.num_layers} layers in {self.stack!r}; this model has {stack.num_layers} there."
+            )
+        made_for, found = self.model.get("checksum"), sign_checksum(stack)
+        if made_for and found and made_for != found:
+            raise PruningError(
+                f"The plan was made for another model: the checksum of the layers it was made for ({self.model.get('class')}) is "
+                f"{made_for[:12]}…, that of the layers of this {type(stack.model).__name__} is {found[:12]}…. Make a plan for this "
+                f"model, or remove the same layers by name: remove={list(self.remove)}."
+            )
 
 
 def plan_pruning(
@@ -159,7 +200,11 @@ def plan_pruning(
         by=by,
         scores=scores.to_dict() if scores else {},
         candidates=candidates,
-        model={"class": type(model).__name__, "model_type": getattr(getattr(model, "config", None), "model_type", "")},
+        model={
+            "class": type(model).__name__,
+            "model_type": getattr(getattr(model, "config", None), "model_type", ""),
+            "checksum": sign_checksum(found) or "",
+        },
         versions={name: version(name) for name in ("hf-layerprobe", "transformers", "torch")},
     )
 

@@ -305,18 +305,3 @@ def test_a_modality_without_example_inputs_says_so():
     with pytest.raises(PruningError, match="verify=False"):
         prune_layers(model, remove=[1])
     assert len(find_stacks(prune_layers(model, remove=[1], verify=False))[0].layers) == 3
-
-
-def test_pushing_sends_the_finished_folder(tmp_path, monkeypatch):
-    sent = {}
-
-    class Api:
-        def create_repo(self, repo_id, exist_ok):
-            return type("Url", (), {"repo_id": repo_id})
-
-        def upload_folder(self, **arguments):
-            sent.update(arguments, names={path.name for path in Path(arguments["folder_path"]).iterdir()})
-
-    monkeypatch.setattr("hf_layerprobe.surgery.prune.HfApi", Api)
-    prune_layers(tiny_model("llama"), remove=[1], output_dir=tmp_path / "out", push_to_hub=True, repo_id="me/small")
-    assert sent["repo_id"] == "me/small" and "model.safetensors" in sent["names"]

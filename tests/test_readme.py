@@ -41,13 +41,12 @@ def test_the_trainer_block(names):
 
 def test_the_pruning_block(names, tmp_path, monkeypatch):
     folder, pushed = tiny_folder(tmp_path / "model"), []
-    for kind in (tf.PreTrainedModel, tf.PreTrainedTokenizerBase):
-        monkeypatch.setattr(kind, "push_to_hub", lambda self, repo_id: pushed.append((type(self), repo_id)))
-    block = next(block for block in BLOCKS if "push_to_hub" in block)
+    monkeypatch.setattr("hf_layerprobe.push_model", lambda *arguments: pushed.append(arguments))
+    block = next(block for block in BLOCKS if "push_model" in block)
     block = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(folder)).replace("ratio=0.1", "ratio=0.25")
     exec(block, names)
     assert type(names["smaller"]) is tf.LlamaForCausalLM
-    assert [repo_id for _, repo_id in pushed] == ["me/smaller"] * 2
+    assert pushed == [("smaller", "me/smaller")]
     assert type(tf.AutoModelForCausalLM.from_pretrained("smaller")) is tf.LlamaForCausalLM
 
 

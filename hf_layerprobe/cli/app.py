@@ -11,6 +11,7 @@ from .demo import demo
 from .evaluating import evaluate
 from .exits import GuardedGroup
 from .pruning import plan, prune
+from .pushing import push
 from .scoring import avss, docs
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command()(docs)
 app.command()(avss)
 app.command()(plan)
 app.command()(prune)
+app.command()(push)
 app.command("eval")(evaluate)
 
 

@@ -79,7 +79,10 @@ def prune(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="A new or empty folder for the pruned model.")],
     model: Model = DEFAULT_MODEL,
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan written by `plan --output`.")] = None,
+    plan_file: Annotated[
+        str | None,
+        typer.Option("--plan", help="A plan: a file of `plan --output`, a pruned model's folder, or its Hub id."),
+    ] = None,
     by: By = "auto",
     ratio: Ratio = None,
     num_layers: NumLayers = None,
@@ -108,6 +111,8 @@ def prune(
     - `hf-layerprobe prune ./my-model --remove 20,21 --output smaller --max-loss-increase 0.2 --text corpus.txt`
 
     - `hf-layerprobe prune ./my-model --plan plan.json --output smaller`
+
+    - `hf-layerprobe prune org/model --plan someone/their-pruned-model --output smaller`
     """
     from .. import PruningPlan, prune_layers
     from ..files import check_new_folder
@@ -127,7 +132,7 @@ def prune(
             )
     loaded = open_model(model)
     if plan_file is not None:
-        chosen = PruningPlan.load(plan_file)
+        chosen = PruningPlan.from_pretrained(plan_file)
     else:
         chosen = _make_plan(
             model, loaded, text, column, by=by, ratio=ratio, num_layers=num_layers, remove=remove, keep=keep,

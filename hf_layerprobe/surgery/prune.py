@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from ..errors import LayerProbeError, PruningError
 from ..files import check_new_folder, new_folder
+from ..hub import check_push, push_model
 from ..loading import load_model
 from ..plan import PruningPlan, plan_pruning, refuse_options
 from ..stacks import LayerStack, resolve_stack
@@ -33,6 +33,9 @@ def prune_layers(
     output_dir: str | Path | None = None,
     push_to_hub: bool = False,
     repo_id: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
     verify: bool = True,
     repair: None = None,
     **options: Any,
@@ -52,8 +55,12 @@ def prune_layers(
         tokenizer: For texts in `data`; also saved into `output_dir` when given.
         output_dir: A new or empty folder for the model: config, safetensors, generation config, tokenizer and plan.
             Written beside it and renamed when whole and verified.
-        push_to_hub: Upload that folder to the Hub in one commit; needs `repo_id` and `output_dir`.
+        push_to_hub: Upload that folder to the Hub in one commit, see [`push_model`]; needs `repo_id` and `output_dir`. What
+            would make it fail is looked for first. When it fails, the folder stays, and `push_model` resumes.
         repo_id: `"user/name"` on the Hub.
+        private: Whether a new repository is private.
+        revision: The branch to push to, `main` by default.
+        token: The token for the Hub, for loading and pushing; by default the one of `hf auth login` or `HF_TOKEN`.
         verify: Check that the model (reloaded from the folder, if there is one) computes what the original does with the
             removed layers bypassed, and that it generates the same with its cache as without.
         repair: Reserved; this version has no training after pruning.
@@ -65,6 +72,7 @@ def prune_layers(
     Raises:
         PruningError: The kept set cannot be expressed, or the check failed; nothing is left in `output_dir`.
         LayerProbeError: Unusable input, or arguments that would have no effect.
+        HubError: The push cannot or did not succeed.
     """
     if repair is not None:
         raise LayerProbeError(
@@ -74,8 +82,16 @@ def prune_layers(
         raise LayerProbeError("push_to_hub=True needs repo_id= ('user/name') and output_dir= (the folder to upload).")
     if output_dir is not None:
         check_new_folder(Path(output_dir))
+    if push_to_hub:
+        check_push(repo_id, revision=revision, token=token)
+    elif given := [
+        name
+        for name, value in (("private", private), ("revision", revision), ("repo_id", repo_id))
+        if value is not None
+    ]:
+        raise LayerProbeError(f"{', '.join(given)} would have no effect without push_to_hub=True.")
     if isinstance(model, (str, Path)):
-        model = load_model(model)
+        model = load_model(model, token=token)
     check_prunable(model)
     if plan is None:
         plan = plan_pruning(
@@ -89,10 +105,7 @@ def prune_layers(
         given = {name: value for name, value in given.items() if value is not None}
         refuse_options({**given, **options}, "the plan says what to remove")
     found = resolve_stack(model, plan.stack)
-    if found.num_layers != plan.num_layers:
-        raise PruningError(
-            f"The plan was made for {plan.num_layers} layers in {plan.stack!r}; this model has {found.num_layers} there."
-        )
+    plan.check_fits(found)
     pruned = build_pruned(found, plan.keep)
     if output_dir is None:
         if verify:
@@ -106,9 +119,10 @@ def prune_layers(
                 del reloaded
     own_tensors(pruned)
     if push_to_hub:
-        api = HfApi()
-        repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=f"Remove layers {list(plan.remove)}")
+        push_model(
+            output_dir, repo_id, private=private, revision=revision, token=token,
+            commit_message=f"Remove layers {list(plan.remove)}",
+        )  # fmt: skip
     return pruned
 
 
