@@ -20,12 +20,18 @@ __all__ = [
     "PruningError",
     "PruningPlan",
     "SimilarityMatrix",
+    "SpeedComparison",
+    "TaskComparison",
     "avss",
     "docs",
     "docs_similarity",
     "eavss",
+    "evaluate_choices",
+    "evaluate_metric",
     "evaluate_model",
+    "evaluate_tasks",
     "find_stacks",
+    "measure_speed",
     "plan_pruning",
     "prune_layers",
     "push_model",
@@ -35,7 +41,17 @@ __all__ = [
 if TYPE_CHECKING:
     from .callbacks import LayerProbeCallback
     from .errors import HubError, LayerProbeError, PruningError
-    from .evaluation import Comparison, Evaluation, evaluate_model
+    from .evaluation import (
+        Comparison,
+        Evaluation,
+        SpeedComparison,
+        TaskComparison,
+        evaluate_choices,
+        evaluate_metric,
+        evaluate_model,
+        evaluate_tasks,
+        measure_speed,
+    )
     from .hub import push_model
     from .plan import PruningPlan, plan_pruning
     from .probe import LayerProbe
@@ -46,7 +62,17 @@ if TYPE_CHECKING:
 _HOMES = {
     "callbacks": ("LayerProbeCallback",),
     "errors": ("HubError", "LayerProbeError", "PruningError"),
-    "evaluation": ("Comparison", "Evaluation", "evaluate_model"),
+    "evaluation": (
+        "Comparison",
+        "Evaluation",
+        "SpeedComparison",
+        "TaskComparison",
+        "evaluate_choices",
+        "evaluate_metric",
+        "evaluate_model",
+        "evaluate_tasks",
+        "measure_speed",
+    ),
     "hub": ("push_model",),
     "plan": ("PruningPlan", "plan_pruning"),
     "probe": ("LayerProbe",),

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from datasets import Dataset
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
+
+from hf_layerprobe import prune_layers
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
 TEXTS = ["the quick brown fox jumps over the lazy dog"] * 8
@@ -65,3 +68,16 @@ def test_the_block_of_functions(names):
     block = next(block for block in BLOCKS if "docs_similarity" in block)
     exec(block.replace("remove=[3, 12]", "remove=[3, 1]"), names)
     assert names["maps"]["q"].shape == (4, 4)
+
+
+def test_the_block_of_measurements(names):
+    rows = [{"question": f"what {i}", "options": [" a", " b"], "label": i % 2} for i in range(4)]
+    task = dict(
+        task="piqa", custom_dataset=lambda **_: {"test": Dataset.from_list(rows)}, test_split="test", num_fewshot=0,
+        output_type="multiple_choice", doc_to_text="{{question}}", doc_to_choice="{{options}}", doc_to_target="{{label}}",
+    )  # fmt: skip
+    block = next(block for block in BLOCKS if "evaluate_choices" in block)
+    block = block.replace('smaller, "piqa"', "smaller, task").replace(
+        "measure_speed(smaller,", "measure_speed(smaller, prompt_tokens=8,"
+    )
+    exec(block, names | {"rows": rows, "task": task, "smaller": prune_layers(names["model"], remove=[1])})

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..activations.data import check_positive, longest, text_rows
 from ..errors import LayerProbeError
-from ..modes import evaluating
-from ..progress import progress
-from ..scores.loss import IGNORED, check_causal, summed_loss
+from ..scores.loss import check_causal
+from .intervals import Interval, interval, resampled_ratio
+from .likelihood import Request, first_token, losses
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Evaluation:
         tokens: Tokens predicted.
         bytes: UTF-8 bytes of the text.
         parameters: Parameters of the model, tied ones once.
+        text_losses: Summed loss of each text that is not empty, nats, `[texts]`.
+        text_bytes: UTF-8 bytes of each of them, `[texts]`.
     """
 
     loss: float
@@ -37,6 +39,18 @@ class Evaluation:
     tokens: int
     bytes: int
     parameters: int
+    text_losses: np.ndarray = field(repr=False, compare=False)
+    text_bytes: np.ndarray = field(repr=False, compare=False)
+
+    @property
+    def bits_per_byte_interval(self) -> Interval:
+        """95 % interval of the bits per byte, bootstrapped over the texts."""
+        return interval(resampled_ratio(self.text_losses / math.log(2), self.text_bytes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The totals, and the interval; not what each text gave."""
+        totals = {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
+        return {**totals, "bits_per_byte_interval": self.bits_per_byte_interval}
 
 
 @dataclass(frozen=True)
@@ -70,15 +84,21 @@ class Comparison:
 
     @property
     def retained(self) -> float | None:
-        """Loss before divided by after: 1 when nothing was lost."""
+        """Loss before divided by after, which is also that of the bits per byte: 1 when nothing was lost."""
         return self.before.loss / self.after.loss if self.before else None
+
+    @property
+    def retained_interval(self) -> Interval | None:
+        """95 % interval of `retained`, bootstrapped over the texts, which both models read."""
+        return interval(resampled_ratio(self.before.text_losses, self.after.text_losses)) if self.before else None
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "after": asdict(self.after),
-            "before": asdict(self.before) if self.before else None,
+            "after": self.after.to_dict(),
+            "before": self.before.to_dict() if self.before else None,
             "perplexity_ratio": self.perplexity_ratio,
             "retained": self.retained,
+            "retained_interval": self.retained_interval,
         }
 
 
@@ -118,46 +138,46 @@ def evaluate_model(
     models = [model] if baseline is None or isinstance(baseline, Evaluation) else [model, baseline]
     max_length = min(longest(each, max_length) for each in models)
     texts = [text for text in text_rows(data) if text]
-    windows = sorted((w for text in texts for w in _windows(text, tokenizer, max_length)), key=lambda w: -len(w[0]))
+    windows = [(owner, window) for owner, text in enumerate(texts) for window in _windows(text, tokenizer, max_length)]
     if not windows:
         raise LayerProbeError("The data has no text to evaluate on: it is empty, or every text is.")
     for each in models:
         check_causal(each)
-    size = sum(len(text.encode()) for text in texts)
-    results = [_evaluate(each, windows, size, batch_size) for each in models]
-    before = baseline if isinstance(baseline, Evaluation) else results[1] if baseline is not None else None
-    return Comparison(after=results[0], before=before)
+    before = None
+    if isinstance(baseline, Evaluation):
+        before = baseline
+        if [len(text.encode()) for text in texts] != baseline.text_bytes.tolist():
+            raise LayerProbeError(
+                f"The baseline was evaluated on other text ({len(baseline.text_bytes)} texts of {baseline.bytes:,} bytes, "
+                f"here {len(texts)} of {sum(len(text.encode()) for text in texts):,}); evaluate it on the same."
+            )
+    elif baseline is not None:
+        before = _evaluate(baseline, texts, windows, batch_size)
+    return Comparison(after=_evaluate(model, texts, windows, batch_size), before=before)
 
 
-def _windows(text: str, tokenizer, max_length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(read, predicted) token ids, of equal length."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise LayerProbeError("The tokenizer has neither a BOS nor an EOS token to start a text with.")
+def _windows(text: str, tokenizer, max_length: int) -> Iterator[Request]:
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    read = [start, *ids[:-1]]
+    read = [first_token(tokenizer), *ids[:-1]]
     for begin in range(0, len(ids), max_length):
         yield read[begin : begin + max_length], ids[begin : begin + max_length]
 
 
-def _evaluate(model: PreTrainedModel, windows: list, size: int, batch_size: int) -> Evaluation:
-    total = torch.zeros((), dtype=torch.float64)
-    groups = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-    with evaluating(model), torch.no_grad():
-        for group in progress(groups, desc="Perplexity", unit="batch"):
-            length = len(group[0][0])
-            ids = torch.tensor([read + [0] * (length - len(read)) for read, _ in group])
-            labels = torch.tensor([wanted + [IGNORED] * (length - len(wanted)) for _, wanted in group])
-            mask = (labels != IGNORED).long()
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-            total += summed_loss(logits, labels.to(logits.device))
-    tokens = sum(len(wanted) for _, wanted in windows)
-    loss = total.item() / tokens
+def _evaluate(
+    model: PreTrainedModel, texts: list[str], windows: list[tuple[int, Request]], batch_size: int
+) -> Evaluation:
+    found = losses(model, [window for _, window in windows], batch_size=batch_size, desc="Perplexity")
+    by_text = np.bincount([owner for owner, _ in windows], weights=found, minlength=len(texts))
+    sizes = np.array([len(text.encode()) for text in texts])
+    tokens = sum(len(wanted) for _, (_, wanted) in windows)
+    loss = by_text.sum() / tokens
     return Evaluation(
-        loss=loss,
+        loss=float(loss),
         perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=total.item() / math.log(2) / size,
+        bits_per_byte=float(by_text.sum() / math.log(2) / sizes.sum()),
         tokens=tokens,
-        bytes=size,
+        bytes=int(sizes.sum()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        text_losses=by_text,
+        text_bytes=sizes,
     )
