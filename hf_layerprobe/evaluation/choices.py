@@ -10,7 +10,8 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..activations.data import check_positive, longest, token_ids
+from ..activations.data import check_positive, longest
+from ..activations.text import token_ids
 from ..errors import LayerProbeError
 from ..scores.loss import check_causal
 from .answers import TaskComparison, TaskResult
