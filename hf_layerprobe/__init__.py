@@ -32,6 +32,7 @@ __all__ = [
     "evaluate_tasks",
     "find_stacks",
     "measure_speed",
+    "model_card",
     "plan_pruning",
     "prune_layers",
     "push_model",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from .hub import push_model
     from .plan import PruningPlan, plan_pruning
     from .probe import LayerProbe
+    from .report import model_card
     from .scores import LayerScores, SimilarityMatrix, avss, docs, docs_similarity, eavss, score_layers
     from .stacks import LayerStack, find_stacks
     from .surgery import prune_layers
@@ -76,6 +78,7 @@ _HOMES = {
     "hub": ("push_model",),
     "plan": ("PruningPlan", "plan_pruning"),
     "probe": ("LayerProbe",),
+    "report": ("model_card",),
     "scores": ("LayerScores", "SimilarityMatrix", "avss", "docs", "docs_similarity", "eavss", "score_layers"),
     "stacks": ("LayerStack", "find_stacks"),
     "surgery": ("prune_layers",),

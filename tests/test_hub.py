@@ -97,6 +97,7 @@ def test_prune_and_push_then_load_by_id(hub, tmp_path, caplog):
     assert repo.private and repo.messages == ["initial commit", "Remove layers [1, 2]"]  # one commit
     sent = repo.commits[repo.branches["main"]]
     assert {name: data for name, data in sent.items() if name != ".gitattributes"} == contents(tmp_path / "out")
+    assert b'from_pretrained("ada/small")' in sent["README.md"]
     loaded = tf.AutoModelForCausalLM.from_pretrained("ada/small", token=TOKEN)
     assert_same_model(loaded, tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert_same_model(loaded, pruned)

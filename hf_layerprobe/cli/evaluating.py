@@ -17,6 +17,10 @@ def evaluate(
     text: TextFile = None,
     column: Column = "text",
     max_tokens: MaxTokens = MAX_TOKENS,
+    card: Annotated[
+        str | None,
+        typer.Option(help="Write the results into the model card of MODEL, a folder, as results on data of this name."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure how well a causal language model predicts text: lower perplexity and bits per byte are better.
@@ -27,18 +31,24 @@ def evaluate(
 
     - `hf-layerprobe eval`
 
-    - `hf-layerprobe eval ./smaller --baseline smollm2 --text corpus.txt`
+    - `hf-layerprobe eval ./smaller --baseline smollm2 --text corpus.txt --card "my corpus"`
     """
-    from .. import evaluate_model
+    from pathlib import Path
+
+    from .. import evaluate_model, model_card
     from .inputs import first_tokens, note_on, open_model, open_tokenizer, read_texts
     from .outputs import number, show_json, show_table
 
+    if card is not None:
+        model_card(model)  # fails now, if there is no pruned model in that folder
     texts = read_texts(text, column)
     measured, before = open_model(model), open_model(baseline) if baseline else None
     tokenizer = open_tokenizer(baseline or model)
     texts = first_tokens(texts, tokenizer, max_tokens)
     comparison = evaluate_model(measured, texts, tokenizer=tokenizer, baseline=before)
     note = note_on(model, baseline)
+    if card is not None:
+        model_card(model, results={card: comparison}).save(Path(model, "README.md"))
     if as_json:
         return show_json({"model": model, "baseline": baseline, **comparison.to_dict(), "note": note})
     rows = [

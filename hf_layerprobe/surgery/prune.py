@@ -53,7 +53,7 @@ def prune_layers(
         data: Calibration data for the rule.
         stack: Path of the stack; the main one by default.
         tokenizer: For texts in `data`; also saved into `output_dir` when given.
-        output_dir: A new or empty folder for the model: config, safetensors, generation config, tokenizer and plan.
+        output_dir: A new or empty folder for the model: config, safetensors, generation config, tokenizer, plan and model card.
             Written beside it and renamed when whole and verified.
         push_to_hub: Upload that folder to the Hub in one commit, see [`push_model`]; needs `repo_id` and `output_dir`. What
             would make it fail is looked for first. When it fails, the folder stays, and `push_model` resumes.
@@ -111,8 +111,11 @@ def prune_layers(
         if verify:
             verify_pruned(found, plan.remove, pruned)
     else:
+        from ..report import write_card  # the last room: it stands behind this one, and matplotlib is slow to import
+
         with new_folder(Path(output_dir)) as folder:
             _save(pruned, folder, plan, tokenizer)
+            write_card(folder, model, repo_id)
             if verify:
                 reloaded = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True)
                 verify_pruned(found, plan.remove, reloaded.to(model.device))

@@ -1,0 +1,171 @@
+"""The model card of a pruned model, from its plan, the card of the model it came from, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from ..errors import HubError, LayerProbeError
+from ..evaluation import Comparison
+from ..files import write_atomically
+from ..hub import fetch_file, is_repo_id, was_downloaded
+from ..plan import PruningPlan
+from ..scores import LayerScores
+from .figures import depth_plot
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+CARD, FIGURE = "README.md", "figures/scores_by_depth.png"
+TAGS = ("layer-pruning", "hf_layerprobe")
+# What a pruned model inherits from the card of the model that it came from.
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+logger = logging.get_logger(__name__)
+
+
+def model_card(
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    results: Mapping[str, Comparison] | None = None,
+    repo_id: str | None = None,
+) -> ModelCard:
+    """Makes the card of a pruned model: `model_card("smaller", results={"WikiText-2": comparison}).save("smaller/README.md")`.
+
+    Licence, language and task are those of the card that the folder has already, which [`prune_layers`] made from the card
+    of the model before pruning.
+
+    Args:
+        folder: The folder of the pruned model, with its `pruning_plan.json`.
+        base_model: Hub id of the model before pruning; by default the one in the folder's card.
+        results: Comparisons of [`evaluate_model`] by the name of the data that they were measured on. A name such as
+            `"Salesforce/wikitext"` is taken as a data set's Hub id too.
+        repo_id: Where the model will be on the Hub, for the examples.
+
+    Raises:
+        LayerProbeError: No pruned model in the folder, a Hub id that is none, or results that cannot be reported.
+    """
+    folder = Path(folder)
+    plan = PruningPlan.load(folder)
+    card = folder / CARD
+    inherited = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else ModelCardData()
+    return _render(folder, plan, inherited, base_model or inherited.get("base_model"), results or {}, repo_id)
+
+
+def write_card(folder: Path, original: PreTrainedModel, repo_id: str | None = None) -> None:
+    """Writes the card, and the figure in it, into the folder of a pruned model that has its plan already."""
+    plan = PruningPlan.load(folder)
+    if plan.scores:
+        scores = {**plan.scores, "values": np.array(plan.scores["values"], dtype=float), "details": {}}
+        (folder / FIGURE).parent.mkdir(exist_ok=True)
+        depth_plot([LayerScores(**scores)], folder / FIGURE)
+    base_model, inherited = _origin(original)
+    inherited.tags = None  # what others say of the original (a format, a library) need not hold for this model
+    write_atomically(folder / CARD, str(_render(folder, plan, inherited, base_model, {}, repo_id)))
+
+
+def _origin(model: PreTrainedModel) -> tuple[str | list[str] | None, ModelCardData]:
+    """The Hub id of a model, where it has one, and the data of its card."""
+    name = model.config.name_or_path
+    try:
+        if name and Path(name).exists():
+            card = Path(name) / CARD
+            # A model of one's own: what its card says that it was made from. Never its path.
+            data = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else ModelCardData()
+            return data.get("base_model"), data
+        if not was_downloaded(name):
+            return None, ModelCardData()
+        return name, ModelCard.load(fetch_file(name, CARD), ignore_metadata_errors=True).data
+    except (HubError, ValueError) as error:
+        logger.warning(f"The licence and language of {name!r} cannot be carried over to the model card: {error}")
+        return (name if was_downloaded(name) else None), ModelCardData()
+
+
+def _render(
+    folder: Path,
+    plan: PruningPlan,
+    inherited: ModelCardData,
+    base_model: str | list[str] | None,
+    results: Mapping[str, Comparison],
+    repo_id: str | None,
+) -> ModelCard:
+    for name in [base_model] if isinstance(base_model, str) else base_model or []:
+        if not is_repo_id(name):
+            raise LayerProbeError(
+                f"base_model={name!r} is no Hub id; expected one such as 'HuggingFaceTB/SmolLM2-135M'."
+            )
+    class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures", ["the model"])[0]
+    is_causal = class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    base = base_model if isinstance(base_model, str) else None
+    title = f"{base.split('/')[-1] if base else class_name}, {len(plan.keep)} of {plan.num_layers} layers"
+    carried = {name: inherited.get(name) for name in INHERITED if inherited.get(name) is not None}
+    if base_model:
+        # The Hub knows finetune, adapter, merge and quantized; other weights of the same kind are listed as the first.
+        carried |= {"base_model": base_model, "base_model_relation": "finetune"}
+    data = ModelCardData(
+        library_name="transformers",
+        tags=[*(inherited.tags or []), *TAGS],
+        eval_results=list(_eval_results(results)) or None,
+        model_name=title if results else None,
+        **({"pipeline_tag": "text-generation"} if is_causal else {}) | carried,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=title,
+        base=f"[{base}](https://huggingface.co/{base})" if base else None,
+        class_name=class_name,
+        auto_class="AutoModelForCausalLM" if is_causal else class_name,
+        has_tokenizer=(folder / "tokenizer_config.json").is_file(),
+        repo_id=repo_id,
+        rule=_rule(plan),
+        checksum=plan.checksum(),
+        figure=FIGURE if (folder / FIGURE).is_file() else None,
+        calibration=plan.scores.get("data"),
+        results=[row for name, comparison in results.items() for row in _rows(name, comparison)],
+        **{
+            name: getattr(plan, name)
+            for name in ("stack", "num_layers", "remove", "keep", "scores", "candidates", "versions")
+        },
+    )
+
+
+def _rule(plan: PruningPlan) -> str:
+    if plan.by == "explicit":
+        return "hand"
+    source = f"`{plan.scores.get('name', plan.by)}` ({plan.scores.get('source', 'unknown')})"
+    return f"{source}, the best of several plans" if plan.by == "auto" else source
+
+
+def _rows(name: str, comparison: Comparison) -> Iterator[dict[str, Any]]:
+    for which, found in (("before", comparison.before), ("after", comparison.after)):
+        if found is not None:
+            yield {"data": name, "which": f"{which} pruning", **vars(found)}
+
+
+def _eval_results(results: Mapping[str, Comparison]) -> Iterator[EvalResult]:
+    for name, comparison in results.items():
+        if not isinstance(comparison, Comparison):
+            raise LayerProbeError(
+                f"results maps names of data to comparisons of evaluate_model; {name!r} has a {type(comparison).__name__}."
+            )
+        for row in _rows(name, comparison):
+            for metric in ("perplexity", "bits_per_byte"):
+                yield EvalResult(
+                    task_type="text-generation",
+                    dataset_type=name
+                    if "/" in name and is_repo_id(name)
+                    else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+                    dataset_name=name,
+                    metric_type=metric,
+                    metric_name=f"{metric.replace('_', ' ')} {row['which']}",
+                    metric_value=round(row[metric], 4) if math.isfinite(row[metric]) else str(row[metric]),
+                )
