@@ -1,5 +1,6 @@
 """Model cards: what they say is what was done, the Hub accepts them, and they give nothing away."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -17,7 +18,6 @@ from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 from hf_layerprobe import (
     Comparison,
-    Evaluation,
     LayerProbeError,
     PruningPlan,
     evaluate_model,
@@ -25,6 +25,7 @@ from hf_layerprobe import (
     prune_layers,
     push_model,
 )
+from hf_layerprobe.evaluation.answers import TaskComparison, TaskResult
 
 BASE_CARD = """---
 license: other
@@ -114,13 +115,14 @@ def test_results_are_a_model_index(auto, tmp_path):
         for metric in ("perplexity", "bits_per_byte")
         for which, side in (("before", comparison.before), ("after", comparison.after))
     }
-    assert ["Quick foxes", "before pruning", f"{comparison.before.perplexity:.5g}"] in [
-        row[:3] for row in numbers(str(card))
-    ]
+    row = ["Quick foxes", "before pruning", "perplexity", f"{comparison.before.perplexity:.5g}"]
+    assert row in [found[:4] for found in numbers(str(card))]
     card.save(tmp_path / "README.md")
     assert ModelCard.load(tmp_path / "README.md").data.eval_results == found
-    wrecked = Evaluation(loss=900.0, perplexity=float("inf"), bits_per_byte=90.0, tokens=1, bytes=1, parameters=1)
-    assert card_errors(str(model_card(folder, results={"x": Comparison(wrecked)}))) == []
+    wrecked = Comparison(dataclasses.replace(comparison.after, perplexity=float("inf")))
+    task = TaskComparison(TaskResult("piqa", "acc", 0.5, items=200), TaskResult("piqa", "acc", 0.6, items=200))
+    card = model_card(folder, results={"x": wrecked, "PIQA": task})
+    assert card_errors(str(card)) == [] and ["PIQA", "after pruning", "acc", "0.5", "200 items"] in numbers(str(card))
 
 
 def test_what_a_card_cannot_say(auto, tmp_path):

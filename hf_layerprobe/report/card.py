@@ -6,8 +6,8 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..errors import HubError, LayerProbeError
 from ..evaluation import Comparison
+from ..evaluation.answers import TaskComparison, TaskResult
 from ..files import write_atomically
 from ..hub import fetch_file, is_repo_id, was_downloaded
 from ..plan import PruningPlan
@@ -35,7 +36,7 @@ def model_card(
     folder: str | Path,
     *,
     base_model: str | None = None,
-    results: Mapping[str, Comparison] | None = None,
+    results: Mapping[str, Comparison | TaskComparison] | None = None,
     repo_id: str | None = None,
 ) -> ModelCard:
     """Makes the card of a pruned model: `model_card("smaller", results={"WikiText-2": comparison}).save("smaller/README.md")`.
@@ -46,7 +47,7 @@ def model_card(
     Args:
         folder: The folder of the pruned model, with its `pruning_plan.json`.
         base_model: Hub id of the model before pruning; by default the one in the folder's card.
-        results: Comparisons of [`evaluate_model`] by the name of the data that they were measured on. A name such as
+        results: Comparisons of [`evaluate_model`], [`evaluate_choices`] and the like by the name of the data that they were measured on. A name such as
             `"Salesforce/wikitext"` is taken as a data set's Hub id too.
         repo_id: Where the model will be on the Hub, for the examples.
 
@@ -94,7 +95,7 @@ def _render(
     plan: PruningPlan,
     inherited: ModelCardData,
     base_model: str | list[str] | None,
-    results: Mapping[str, Comparison],
+    results: Mapping[str, Comparison | TaskComparison],
     repo_id: str | None,
 ) -> ModelCard:
     for name in [base_model] if isinstance(base_model, str) else base_model or []:
@@ -102,6 +103,7 @@ def _render(
             raise LayerProbeError(
                 f"base_model={name!r} is no Hub id; expected one such as 'HuggingFaceTB/SmolLM2-135M'."
             )
+    measured = [row for name, comparison in results.items() for row in _measured(name, comparison)]
     class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures", ["the model"])[0]
     is_causal = class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     base = base_model if isinstance(base_model, str) else None
@@ -113,8 +115,8 @@ def _render(
     data = ModelCardData(
         library_name="transformers",
         tags=[*(inherited.tags or []), *TAGS],
-        eval_results=list(_eval_results(results)) or None,
-        model_name=title if results else None,
+        eval_results=[_eval_result(row) for row in measured] or None,
+        model_name=title if measured else None,
         **({"pipeline_tag": "text-generation"} if is_causal else {}) | carried,
     )
     return ModelCard.from_template(
@@ -130,7 +132,7 @@ def _render(
         checksum=plan.checksum(),
         figure=FIGURE if (folder / FIGURE).is_file() else None,
         calibration=plan.scores.get("data"),
-        results=[row for name, comparison in results.items() for row in _rows(name, comparison)],
+        results=measured,
         **{
             name: getattr(plan, name)
             for name in ("stack", "num_layers", "remove", "keep", "scores", "candidates", "versions")
@@ -145,27 +147,38 @@ def _rule(plan: PruningPlan) -> str:
     return f"{source}, the best of several plans" if plan.by == "auto" else source
 
 
-def _rows(name: str, comparison: Comparison) -> Iterator[dict[str, Any]]:
-    for which, found in (("before", comparison.before), ("after", comparison.after)):
-        if found is not None:
-            yield {"data": name, "which": f"{which} pruning", **vars(found)}
+@dataclass(frozen=True)
+class Measured:
+    """One number of the card: what was measured, on which data, of which model."""
+
+    data: str
+    which: str
+    metric: str
+    value: float
+    amount: str
 
 
-def _eval_results(results: Mapping[str, Comparison]) -> Iterator[EvalResult]:
-    for name, comparison in results.items():
-        if not isinstance(comparison, Comparison):
-            raise LayerProbeError(
-                f"results maps names of data to comparisons of evaluate_model; {name!r} has a {type(comparison).__name__}."
-            )
-        for row in _rows(name, comparison):
+def _measured(name: str, comparison: Comparison | TaskComparison) -> Iterator[Measured]:
+    if not isinstance(comparison, (Comparison, TaskComparison)):
+        raise LayerProbeError(
+            f"results maps names of data to comparisons of evaluate_model and the like; {name!r} has a "
+            f"{type(comparison).__name__}."
+        )
+    for which, found in (("before pruning", comparison.before), ("after pruning", comparison.after)):
+        if isinstance(found, TaskResult):
+            yield Measured(name, which, found.metric, found.value, f"{found.items:,} items")
+        elif found is not None:
             for metric in ("perplexity", "bits_per_byte"):
-                yield EvalResult(
-                    task_type="text-generation",
-                    dataset_type=name
-                    if "/" in name and is_repo_id(name)
-                    else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
-                    dataset_name=name,
-                    metric_type=metric,
-                    metric_name=f"{metric.replace('_', ' ')} {row['which']}",
-                    metric_value=round(row[metric], 4) if math.isfinite(row[metric]) else str(row[metric]),
-                )
+                yield Measured(name, which, metric, getattr(found, metric), f"{found.tokens:,} tokens")
+
+
+def _eval_result(row: Measured) -> EvalResult:
+    is_id = "/" in row.data and is_repo_id(row.data)
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=row.data if is_id else re.sub(r"[^a-z0-9]+", "-", row.data.lower()).strip("-"),
+        dataset_name=row.data,
+        metric_type=row.metric,
+        metric_name=f"{row.metric.replace('_', ' ')} {row.which}",
+        metric_value=round(row.value, 4) if math.isfinite(row.value) else str(row.value),
+    )
