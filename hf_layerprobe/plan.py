@@ -6,13 +6,14 @@ import hashlib
 import json
 import numbers
 import operator
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .activations import batches
@@ -24,6 +25,7 @@ from .scores import LayerScores, score_layers
 from .scores.loss import check_causal, held_out_losses
 from .scores.registry import get_score
 from .stacks import LayerStack, resolve_stack
+from .stacks.admissible import expressible, least_worth
 from .weights.checksum import sign_checksum
 
 # What `by="auto"` measures against each other: cheap rules, each with its own blind spot.
@@ -47,6 +49,8 @@ class PruningPlan:
         by: The rule: a score's name, "auto" or "explicit".
         scores: The score behind the choice (`LayerScores.to_dict()`), if there was one.
         candidates: For "auto": every plan that was measured, with its held-out loss in nats a token.
+        note: Why other layers go than those with the lowest scores, where the architecture cannot lose these.
+        also: Plans for further stacks of the same model, to be carried out together with this one.
         model: Class and type of the model that the plan was made for, and a checksum of its layers.
         versions: Versions of the packages that made it.
     """
@@ -58,13 +62,21 @@ class PruningPlan:
     by: str
     scores: dict[str, Any] = field(default_factory=dict)
     candidates: list[dict[str, Any]] = field(default_factory=list)
+    note: str = ""
+    also: tuple[PruningPlan, ...] = ()
     model: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def parts(self) -> tuple[PruningPlan, ...]:
+        """One plan a stack: this one and those in `also`."""
+        return (self, *self.also)
+
     def __str__(self) -> str:
-        return (
-            f"{self.stack}: remove {len(self.remove)} of {self.num_layers} layers by {self.by} "
-            f"(0-based): remove {list(self.remove)}, keep {list(self.keep)}"
+        return "; ".join(
+            f"{part.stack}: remove {len(part.remove)} of {part.num_layers} layers by {part.by} "
+            f"(0-based): remove {list(part.remove)}, keep {list(part.keep)}"
+            for part in self.parts
         )
 
     def checksum(self) -> str:
@@ -82,6 +94,11 @@ class PruningPlan:
         return path
 
     @classmethod
+    def _from_dict(cls, content: Mapping[str, Any]) -> PruningPlan:
+        layers = {name: tuple(content[name]) for name in ("remove", "keep")}
+        return cls(**{**content, **layers, "also": tuple(cls._from_dict(each) for each in content.get("also", ()))})
+
+    @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
         """Reads a plan from a file, or from the folder of a pruned model.
 
@@ -95,7 +112,7 @@ class PruningPlan:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             checksum = content.pop("checksum")
-            plan = cls(**{**content, "remove": tuple(content["remove"]), "keep": tuple(content["keep"])})
+            plan = cls._from_dict(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LayerProbeError(f"{path} is not a pruning plan ({type(error).__name__}: {error}).") from error
         if plan.checksum() != checksum:
@@ -152,61 +169,111 @@ def plan_pruning(
     *,
     ratio: float | None = None,
     num_layers: int | None = None,
-    remove: Iterable[int] | None = None,
-    keep: Iterable[int] | None = None,
+    remove: Iterable[int] | Mapping[str, Iterable[int]] | None = None,
+    keep: Iterable[int] | Mapping[str, Iterable[int]] | None = None,
     by: str = "auto",
-    stack: str | LayerStack | None = None,
+    stack: str | LayerStack | Sequence[str | LayerStack] | None = None,
     tokenizer=None,
     **options: Any,
 ) -> PruningPlan:
     """Decides which layers to remove. Exactly one of `ratio`, `num_layers`, `remove` and `keep` says how many.
+
+    The plan of a `PreTrainedModel` can be carried out: sets that its architecture cannot express are refused
+    (`LayerStack.check`), and a rule chooses the least important layers among the sets that it can.
 
     Args:
         model: The model; left as it was.
         data: Calibration data for scores that need it; see [`score_layers`]. `by="auto"` needs texts.
         ratio: Share of the layers to remove, rounded down: a quarter of 30 layers is 7.
         num_layers: Number of layers to remove.
-        remove: Indices (0-based) of the layers to remove; negative ones count from the end.
-        keep: Indices of the layers to keep.
+        remove: Indices (0-based) of the layers to remove; negative ones count from the end. For several stacks at once, a
+            dict of such lists by path: `{"encoder.block": [1], "decoder.block": [2]}`.
+        keep: Indices of the layers to keep, or a dict of them.
         by: A registered score, whose least important layers go; or "auto", which makes a plan by each of several cheap
             rules, measures every plan on the half of the texts that it was not made from, and takes the best.
-        stack: Path of the stack; the main one by default.
+        stack: Path of the stack; the main one by default. With `ratio` or `num_layers`, several: each loses so much.
         tokenizer: Needed for texts.
         options: Options of [`score_layers`].
 
     Raises:
-        PruningError: Nothing or everything would be removed, an index is out of range, or the request is ambiguous.
+        PruningError: Nothing or everything would be removed, an index is out of range, the request is ambiguous, or the
+            architecture cannot express it (`.nearest` has the kept sets that it can).
         LayerProbeError: Unknown score, data that is missing or unusable, or options that would have no effect.
     """
-    found = resolve_stack(model, stack)
-    total = found.num_layers
+    requests = _by_stack(model, stack, {"remove": remove, "keep": keep})
+    plans = [
+        _plan_one(
+            model, data, ratio=ratio, num_layers=num_layers, by=by, stack=found, tokenizer=tokenizer, **given, **options
+        )
+        for found, given in requests
+    ]
+    if len(plans) > 1:
+        expressible({found: plan.keep for (found, _), plan in zip(requests, plans, strict=True)})
+    return replace(plans[0], also=tuple(plans[1:]))
+
+
+def _by_stack(model: nn.Module, stack, given: dict[str, Any]) -> list[tuple[LayerStack, dict[str, Any]]]:
+    """Every stack that loses layers, with the layers asked for."""
+    named = {name: value for name, value in given.items() if isinstance(value, Mapping)}
+    several = isinstance(stack, Iterable) and not isinstance(stack, str)
+    if not named and not several:
+        return [(resolve_stack(model, stack), given)]
+    name, layers = next(iter(named.items()), (None, None))
+    if named and (stack is not None or sum(value is not None for value in given.values()) > 1):
+        raise PruningError(f"{name} names its stacks itself; leave out stack= and whatever else says what to remove.")
+    if several and any(value is not None for value in given.values()):
+        raise PruningError("For several stacks, remove= or keep= is a dict of lists by path, and stack= is left out.")
+    found = [(resolve_stack(model, path), {name: layers[path]} if named else {}) for path in (layers or stack or ())]
+    paths = [each.path for each, _ in found]
+    if not paths or len(set(paths)) < len(paths):
+        raise PruningError(f"Name at least one stack, and each once; got {paths or 'none'}.")
+    return found
+
+
+def _plan_one(
+    model, data, *, by, stack: LayerStack, tokenizer, ratio=None, num_layers=None, remove=None, keep=None, **options
+) -> PruningPlan:
+    total = stack.num_layers
     removed = _requested(total, ratio, num_layers, remove, keep)
-    scores, candidates = None, []
+    scores, candidates, note = None, [], ""
     if not isinstance(by, str):
         raise LayerProbeError(f"by is one rule: 'auto' or the name of a score; got {by!r}.")
     if not isinstance(removed, int):
         refuse_options(options, "which layers go is given by remove= or keep=, and no score is computed")
         by = "explicit"
+        if isinstance(model, PreTrainedModel):
+            stack.check(i for i in range(total) if i not in removed)
     elif by == "auto":
-        removed, scores, candidates = _best_of(found, data, removed, tokenizer, options)
+        removed, note, scores, candidates = _best_of(stack, data, removed, tokenizer, options)
     else:
-        scores = score_layers(model, data, by=by, stack=found, tokenizer=tokenizer, **options)
-        removed, by = scores.least_important(removed), scores.name
+        scores = score_layers(model, data, by=by, stack=stack, tokenizer=tokenizer, **options)
+        (removed, note), by = _least_important(stack, scores, removed), scores.name
+    if note:
+        logger.warning(f"by={by!r} removes layers {removed} of {stack.path!r} instead: {note}.")
     return PruningPlan(
-        stack=found.path,
+        stack=stack.path,
         num_layers=total,
         remove=tuple(removed),
         keep=tuple(i for i in range(total) if i not in set(removed)),
         by=by,
         scores=scores.to_dict() if scores else {},
         candidates=candidates,
+        note=note,
         model={
             "class": type(model).__name__,
             "model_type": getattr(getattr(model, "config", None), "model_type", ""),
-            "checksum": sign_checksum(found) or "",
+            "checksum": sign_checksum(stack) or "",
         },
         versions={name: version(name) for name in ("hf-layerprobe", "transformers", "torch")},
     )
+
+
+def _least_important(stack: LayerStack, scores: LayerScores, number: int) -> tuple[list[int], str]:
+    """The least important layers that can go together, and why they are others than the lowest ones."""
+    lowest = scores.least_important(number)
+    if not isinstance(stack.model, PreTrainedModel):  # scores can be had of anything, and plans for it made by hand
+        return lowest, ""
+    return least_worth(stack, scores.importance, number)
 
 
 def refuse_options(options: Mapping[str, Any], why: str) -> None:
@@ -266,7 +333,7 @@ def _is_index(value: Any) -> bool:
 
 def _best_of(
     stack: LayerStack, data: Any, number: int, tokenizer, options: dict[str, Any]
-) -> tuple[list[int], LayerScores, list[dict[str, Any]]]:
+) -> tuple[list[int], str, LayerScores, list[dict[str, Any]]]:
     """The plan with the lowest loss on texts that no plan was made from."""
     try:
         texts = [text for text in text_rows(data) if text.strip()]
@@ -286,8 +353,9 @@ def _best_of(
             except LayerProbeError as error:  # matrices of an unknown layout; the other rules do without them
                 logger.warning(f"by='auto' goes on without the rule {name!r}: {error}")
     rows = list(batches(held_out, stack.model, tokenizer, **{k: v for k, v in options.items() if k != "max_tokens"}))
-    proposals = {name: scores[name].least_important(number) for name in AUTO_RULES if name in scores}
+    chosen = {name: _least_important(stack, scores[name], number) for name in AUTO_RULES if name in scores}
+    proposals = {name: removed for name, (removed, _) in chosen.items()}
     losses = held_out_losses(stack, proposals, rows, max_tokens=options.get("max_tokens"))
     candidates = [{"by": name, "remove": proposals[name], "held_out_loss": losses[name]} for name in proposals]
     best = min(candidates, key=lambda candidate: candidate["held_out_loss"])
-    return best["remove"], scores[best["by"]], candidates
+    return *chosen[best["by"]], scores[best["by"]], candidates

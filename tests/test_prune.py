@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from test_activation_scores import FakeTokenizer
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, redrawn, tiny_model
 
 from hf_layerprobe import LayerProbeError, PruningError, PruningPlan, find_stacks, plan_pruning, prune_layers
 from hf_layerprobe.stacks import bypassed
@@ -169,12 +169,6 @@ def test_a_gguf_model_loaded_the_plain_way(tmp_path):
     assert tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
 
 
-def test_t5_block_zero_holds_the_position_bias():
-    """Without it no other block can provide the bias: refused with the tensor's name, nothing silently re-initialised."""
-    with pytest.raises(PruningError, match="relative_attention_bias"):
-        prune_layers(tiny_model("t5"), remove=[0])
-
-
 def test_an_unknown_list_as_long_as_the_stack_is_refused():
     config = FAMILIES["llama"][1]()
     config.my_layer_scales = [1.0, 0.5, 0.25, 0.125]
@@ -182,16 +176,18 @@ def test_an_unknown_list_as_long_as_the_stack_is_refused():
         prune_layers(tf.LlamaForCausalLM(config), remove=[1])
 
 
-def test_what_depends_on_the_position_fails_the_check_and_leaves_nothing(tmp_path):
-    """DiffLlama computes a constant from each layer's index: it saves and reloads without an error, as another model."""
-    config = tf.DiffLlamaConfig(**FAMILIES["llama"][1]().to_diff_dict() | dict(head_dim=8))
-    model = tf.DiffLlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-    with pytest.raises(PruningError, match="does not compute what the original does"):
+def test_what_depends_on_the_position_is_refused_and_leaves_nothing(tmp_path):
+    """BEAM weighs each layer's sum by its index: it would save and reload without an error, as another model."""
+    config = tf.BeamConfig(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=64, num_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+    )  # fmt: skip
+    model = redrawn(tf.BeamForCausalLM(config))
+    with pytest.raises(
+        PruningError, match=r"layer 2, standing at position 1, .*residual_add_idx: 6 becomes 4"
+    ) as refused:
         prune_layers(model, remove=[1], output_dir=tmp_path / "out")
+    assert refused.value.nearest == ((0, 1, 2), (0, 1))
     assert list(tmp_path.iterdir()) == []
     prune_layers(model, remove=[3], output_dir=tmp_path / "out")  # the layers before it keep their indices
 

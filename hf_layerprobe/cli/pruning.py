@@ -182,6 +182,8 @@ def _make_plan(name, model, text, column, *, by, remove, keep, max_tokens, **req
 
 def _check_loss(name, model, plan, text, column, max_tokens, limit) -> dict[str, float]:
     """Mean token loss before and after, measured with the layers bypassed, before anything is written."""
+    from contextlib import ExitStack
+
     from .. import evaluate_model
     from ..stacks import bypassed, resolve_stack
     from .inputs import first_tokens, halves, open_tokenizer, read_texts
@@ -189,7 +191,9 @@ def _check_loss(name, model, plan, text, column, max_tokens, limit) -> dict[str,
     tokenizer = open_tokenizer(name)
     texts = first_tokens(halves(read_texts(text, column))[1], tokenizer, max_tokens)
     before = evaluate_model(model, texts, tokenizer=tokenizer).loss
-    with bypassed(resolve_stack(model, plan.stack), plan.remove):
+    with ExitStack() as bypasses:
+        for part in plan.parts:
+            bypasses.enter_context(bypassed(resolve_stack(model, part.stack), part.remove))
         after = evaluate_model(model, texts, tokenizer=tokenizer).loss
     increase = after / before - 1
     if not increase <= limit:

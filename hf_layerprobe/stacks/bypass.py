@@ -7,43 +7,88 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .find import LayerStack
 
+STREAM_NAMES = ("hidden_states", "hidden_state", "prev_attn_output")
+
 
 def hidden_input(args: tuple, kwargs: dict) -> torch.Tensor:
-    """The residual stream entering a layer: its first argument, or `hidden_states` by name."""
-    return args[0] if args else kwargs["hidden_states"]
+    """The residual stream entering a layer: its first argument, or by name."""
+    return args[0] if args else next(kwargs[name] for name in STREAM_NAMES if name in kwargs)
 
 
 def hidden_output(output) -> torch.Tensor:
     """The residual stream leaving a layer: layers return a tensor, or a tuple that starts with one."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+    return output if isinstance(output, torch.Tensor) else hidden_output(output[0])
 
 
 @contextmanager
 def bypassed(stack: LayerStack, layers: Iterable[int]) -> Iterator[set[int]]:
     """Within the context, the named layers (0-based) hand their input on unchanged.
 
-    The layer still runs and only its residual output is replaced: what else it returns (a position bias that later
-    layers reuse) and what it writes to a cache stay as they are.
+    The layer still runs and only its outputs are replaced by the inputs that they continue: the residual stream, and
+    further streams of the same form (`[batch, tokens, features]`) of layers that have several. What else it returns (a
+    position bias that later layers reuse) and what it writes to a cache stay as they are. Lists that lose the same entries
+    (`ConfigBinding.siblings`) are bypassed as well.
 
     Yields:
         The bypassed layers that have run so far.
     """
-    ran: set[int] = set()
+    layers, ran = list(layers), set()
+    lists = [stack.layers, *(sibling.layers for sibling in stack.siblings)]
+    # Where norms are a list of their own, the residual connection is outside of the modules.
+    is_parts = any(isinstance(each[0], nn.LayerNorm) for each in lists)
 
     def hand_on(index, _module, args, kwargs, output):
-        ran.add(index)
-        hidden = hidden_input(args, kwargs)
-        return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+        if _module is stack.layers[index]:
+            ran.add(index)
+        return _continued(output, [hidden_input(args, kwargs), *args, *kwargs.values()])
+
+    def add_nothing(index, _module, _args, output):
+        if _module is stack.layers[index]:
+            ran.add(index)
+        return (
+            torch.zeros_like(output) if isinstance(output, torch.Tensor) else (torch.zeros_like(output[0]), *output[1:])
+        )
 
     # Before other hooks: those that collect hidden states have to see the stream without the layer.
-    handles = [
-        stack.layers[i].register_forward_hook(partial(hand_on, i), with_kwargs=True, prepend=True) for i in layers
-    ]
+    handles = []
+    for modules in lists:
+        for i in layers:
+            if isinstance(modules[i], nn.LayerNorm) or (_is_layer(modules, stack) and not is_parts):
+                hook = modules[i].register_forward_hook(partial(hand_on, i), with_kwargs=True, prepend=True)
+            else:
+                hook = modules[i].register_forward_hook(partial(add_nothing, i), prepend=True)
+            handles.append(hook)
     try:
         yield ran
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_layer(modules: nn.ModuleList, stack: LayerStack) -> bool:
+    """Whether a list holds layers that pass a stream on, rather than heads or other parts beside them."""
+    return modules is stack.layers or isinstance(modules[0], (GradientCheckpointingLayer, type(stack.layers[0])))
+
+
+def _continued(output, inputs: list):
+    """A layer's output with the streams in it replaced by those that entered the layer, first the residual stream."""
+    streams = [each for each in inputs if isinstance(each, torch.Tensor) and each.is_floating_point()]
+    first, rest = streams[0], [each for each in streams[1:] if each is not streams[0]]
+
+    def replace(part, is_first: bool):
+        if isinstance(part, torch.Tensor):
+            if is_first:
+                return first
+            matching = next((k for k, each in enumerate(rest) if part.dim() == 3 and each.shape == part.shape), None)
+            return part if matching is None else rest.pop(matching)
+        if isinstance(part, (tuple, list)):
+            parts = [replace(each, is_first and k == 0) for k, each in enumerate(part)]
+            return type(part)(*parts) if hasattr(part, "_fields") else type(part)(parts)
+        return part
+
+    return replace(output, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import LayerProbeError
+from .admissible import check
 from .bind import ConfigBinding, bind
 
 
@@ -52,6 +54,29 @@ class LayerStack:
             LayerProbeError: No field of the config, edited alone, changes the length of this stack alone.
         """
         return bind(self.model, self.path, self.num_layers)
+
+    def check(self, keep: Iterable[int]) -> None:
+        """Checks, without moving any data, that the model can be saved with only these layers and stay what it is.
+
+        The model of the edited config is built on the meta device and compared with the original, layer by layer. What a
+        layer computes from other layers' states shows only when it runs: the comparison after pruning looks at that.
+
+        Args:
+            keep: Layers to keep (0-based).
+
+        Raises:
+            PruningError: They cannot be kept alone; the message says why, and `.nearest` has the kept sets most like
+                these that can.
+        """
+        check(self, keep)
+
+    @property
+    def siblings(self) -> list[LayerStack]:
+        """Other lists that the same config field drives, so that they lose the same entries: none for most stacks."""
+        try:
+            return [LayerStack(self.model, path) for path in self.binding.siblings]
+        except LayerProbeError:
+            return []
 
     @property
     def config_path(self) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig
 
 from ..errors import PruningError
+from .refusal import Refusal
 
 if TYPE_CHECKING:
     from .bind import ConfigBinding
@@ -54,30 +55,35 @@ def check_taps(config: PreTrainedConfig, binding: ConfigBinding, num_layers: int
     """Refuses kept sets with which a tap could not read what it reads in the original with the others bypassed.
 
     Raises:
-        PruningError: Names the field.
+        Refusal: Names the field and the layers that have to stay.
+        PruningError: The stack cannot lose any layer.
     """
     removed = [i for i in range(num_layers) if i not in keep]
     for _, node, name in _taps(config, binding, num_layers):
-        value = getattr(node, name)
-        moved = _moved(value, TAPS[name], num_layers, keep)
+        value, first = getattr(node, name), TAPS[name]
+        moved = _moved(value, first, num_layers, keep)
         before, after = ([each] if isinstance(each, int) else list(each) for each in (value, moved))
-        lost = any(new < 0 <= old for old, new in zip(before, after, strict=True))
+        lost = [old for old, new in zip(before, after, strict=True) if new < 0 <= old]
         # Each index of these lists has a part of its own (a merger, a decoder layer, a stage), found by the index.
         merged = name not in ("vision_feature_layer", "spatial_vision_layer") and len(set(after)) < len(after)
         if merged or lost:
-            raise PruningError(
+            # Between one tap and the next, and before the first, a layer has to stay.
+            ends = sorted({(old + num_layers + first if old < 0 else old) - first + 1 for old in before})
+            starts = [0, *ends[:-1]] if first == 0 or ends[0] > 0 else ends
+            gaps = [range(start, end) for start, end in zip(starts, ends, strict=False) if start < end]
+            raise Refusal(
                 f"{name.strip('_')}={value} of {type(node).__name__} reads the output of single layers, and without "
-                f"layers {removed} {'two of them are the same' if merged else 'none is left before one of them'}. Keep "
-                "the layers that it names."
+                f"layers {removed} {'two of them are the same' if merged else 'none is left before one of them'}",
+                needs=gaps if merged else gaps[:1],
             )
-    for path, node in _nodes(config):
+    for path, node in nodes(config):
         is_text = bool(binding.node) and "text" in binding.node[-1]
         indexes = getattr(node, "deepstack_visual_indexes", None)
-        if indexes and is_text and min(removed) < len(indexes):
-            raise PruningError(
+        if indexes and is_text and removed and min(removed) < len(indexes):
+            raise Refusal(
                 f"deepstack_visual_indexes of {type(node).__name__} adds image features after each of the first "
-                f"{len(indexes)} text layers, by their position. Keep layers 0 to {len(indexes) - 1}; got {removed} to "
-                "remove."
+                f"{len(indexes)} text layers, by their position. Keep layers 0 to {len(indexes) - 1}",
+                needs=[{i} for i in range(len(indexes))],
             )
         for name in PAIRINGS:
             if getattr(node, name, None) and (is_text or "vision" in binding.path):
@@ -95,7 +101,7 @@ def _taps(
     A tap stands beside the number of layers, or further out; there it is one into the vision tower.
     """
     in_vision = any("vision" in name for name in binding.node)
-    for path, node in _nodes(config):
+    for path, node in nodes(config):
         if path == binding.node:
             names = [] if any("vision" in name for name in _children(node)) else TAPS
         elif in_vision and path == binding.node[: len(path)]:
@@ -110,10 +116,10 @@ def _taps(
                 yield path, node, name
 
 
-def _nodes(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
+def nodes(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
     yield path, config
     for name, child in _children(config).items():
-        yield from _nodes(child, (*path, name))
+        yield from nodes(child, (*path, name))
 
 
 def _children(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:

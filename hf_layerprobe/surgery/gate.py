@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
@@ -18,12 +19,11 @@ CACHES = frozenset(["past_key_values", "cache_params", "state", "mems", "past_bu
 NEW_TOKENS = 5
 
 
-def verify(stack: LayerStack, removed: Sequence[int], pruned: PreTrainedModel) -> None:
+def verify(removed: Mapping[LayerStack, Sequence[int]], pruned: PreTrainedModel) -> None:
     """Compares a pruned model with the original whose removed layers are bypassed, on generated inputs.
 
     Args:
-        stack: Stack of the original model.
-        removed: Layers that the pruned model does not have.
+        removed: Layers that the pruned model does not have, by stack of the original model.
         pruned: The pruned model, reloaded or as built.
 
     Raises:
@@ -32,28 +32,34 @@ def verify(stack: LayerStack, removed: Sequence[int], pruned: PreTrainedModel) -
         PruningError: No inputs are known that fit the original and run every removed layer, or its own outputs are not
             finite.
     """
-    original = stack.model
-    what = f"(layers {list(removed)} of {stack.path!r} removed)"
+    original = next(iter(removed)).model
+    layers = " and ".join(f"layers {list(each)} of {stack.path!r}" for stack, each in removed.items())
+    what = f"({layers} removed)"
     prompt = example_inputs(original)
     with evaluating(original, pruned), torch.no_grad():
         inputs = with_images(original, prompt)
-        with bypassed(stack, removed) as ran:
+        with ExitStack() as bypasses:
+            ran = {stack: bypasses.enter_context(bypassed(stack, each)) for stack, each in removed.items()}
             try:
                 expected = _run(original, inputs)
             except Exception as error:  # whatever a model's code raises on inputs that were made up for it
                 raise PruningError(
-                    f"{type(original).__name__} does not run on the generated {', '.join(inputs)} with layers "
-                    f"{list(removed)} of {stack.path!r} bypassed, so the pruned model cannot be compared with it. Pass "
+                    f"{type(original).__name__} does not run on the generated {', '.join(inputs)} with "
+                    f"{layers} bypassed, so the pruned model cannot be compared with it. Pass "
                     f"verify=False to accept it unchecked. It raises {type(error).__name__}: {error}"
                 ) from error
-        if idle := sorted(set(removed) - ran):
+        if idle := [
+            f"{sorted(set(each) - ran[stack])} of {stack.path!r}"
+            for stack, each in removed.items()
+            if set(each) - ran[stack]
+        ]:
             raise PruningError(
-                f"Layers {idle} of {stack.path!r} did not run on the generated {', '.join(inputs)}, so what the model is "
+                f"Layers {' and '.join(idle)} did not run on the generated {', '.join(inputs)}, so what the model is "
                 "without them was not compared. Pass verify=False to accept it unchecked."
             )
         if not all(torch.isfinite(tensor).all() for tensor in expected.values()):
             raise PruningError(
-                f"{type(original).__name__} itself gives NaN or infinite outputs with layers {list(removed)} bypassed; "
+                f"{type(original).__name__} itself gives NaN or infinite outputs with {layers} bypassed; "
                 "check its weights."
             )
         try:

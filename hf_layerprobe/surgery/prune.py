@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ def prune_layers(
     model: PreTrainedModel | str | Path,
     plan: PruningPlan | None = None,
     *,
-    remove: Iterable[int] | None = None,
-    keep: Iterable[int] | None = None,
+    remove: Iterable[int] | Mapping[str, Iterable[int]] | None = None,
+    keep: Iterable[int] | Mapping[str, Iterable[int]] | None = None,
     ratio: float | None = None,
     num_layers: int | None = None,
     by: str = "auto",
     data: Any = None,
-    stack: str | LayerStack | None = None,
+    stack: str | LayerStack | Sequence[str | LayerStack] | None = None,
     tokenizer=None,
     output_dir: str | Path | None = None,
     push_to_hub: bool = False,
@@ -45,8 +45,8 @@ def prune_layers(
     Args:
         model: A model, or a folder or Hub id to load one from.
         plan: A plan from [`plan_pruning`]; else the arguments of that function say what to remove.
-        remove: Layers to remove (0-based).
-        keep: Layers to keep (0-based).
+        remove: Layers to remove (0-based), or a dict of them by stack: `{"encoder.block": [1], "decoder.block": [2]}`.
+        keep: Layers to keep (0-based), or a dict of them.
         ratio: Share of the layers to remove.
         num_layers: Number of layers to remove.
         by: The rule that chooses them.
@@ -104,12 +104,15 @@ def prune_layers(
         given = {"by": by if by != "auto" else None, "data": data, "stack": stack}
         given = {name: value for name, value in given.items() if value is not None}
         refuse_options({**given, **options}, "the plan says what to remove")
-    found = resolve_stack(model, plan.stack)
-    plan.check_fits(found)
-    pruned = build_pruned(found, plan.keep)
+    kept, removed = {}, {}
+    for part in plan.parts:
+        found = resolve_stack(model, part.stack)
+        part.check_fits(found)
+        kept[found], removed[found] = part.keep, part.remove
+    pruned = build_pruned(kept)
     if output_dir is None:
         if verify:
-            verify_pruned(found, plan.remove, pruned)
+            verify_pruned(removed, pruned)
     else:
         from ..report import write_card  # the last room: it stands behind this one, and matplotlib is slow to import
 
@@ -118,13 +121,13 @@ def prune_layers(
             write_card(folder, model, repo_id)
             if verify:
                 reloaded = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True)
-                verify_pruned(found, plan.remove, reloaded.to(model.device))
+                verify_pruned(removed, reloaded.to(model.device))
                 del reloaded
     own_tensors(pruned)
     if push_to_hub:
         push_model(
             output_dir, repo_id, private=private, revision=revision, token=token,
-            commit_message=f"Remove layers {list(plan.remove)}",
+            commit_message=_message(plan),
         )  # fmt: skip
     return pruned
 
@@ -154,6 +157,11 @@ def check_prunable(model: Any) -> None:
     if packed or (quantizer is not None and "gguf" not in type(quantizer).__name__.lower()):
         kind = type(quantizer).__name__ if quantizer is not None else f"{packed} is not floating point"
         raise PruningError(f"{name} is quantised ({kind}); prune the unquantised model and quantise the result.")
+
+
+def _message(plan: PruningPlan) -> str:
+    parts = [(list(part.remove), part.stack) for part in plan.parts]
+    return f"Remove layers {', '.join(str(r) if len(parts) == 1 else f'{r} of {path}' for r, path in parts)}"
 
 
 def _save(pruned: PreTrainedModel, folder: Path, plan: PruningPlan, tokenizer) -> None:
