@@ -79,12 +79,12 @@ class LayerProbeCallback(TrainerCallback):
         if not names:
             raise LayerProbeError("LayerProbeCallback got no scores; pass some, for example scores=('avss', 'docs').")
         found = {name: get_score(ALIASES.get(name, name)) for name in names}
-        unsuitable = [name for name, score in found.items() if not score.needs_data and name != "docs"]
+        unsuitable = [name for name, score in found.items() if not score.streams and name != "docs"]
         if unsuitable:
-            useful = ", ".join(sorted([*ALIASES, *(n for n, s in SCORES.items() if s.needs_data or n == "docs")]))
+            useful = ", ".join(sorted([*ALIASES, *(n for n, s in SCORES.items() if s.streams or n == "docs")]))
             raise LayerProbeError(
                 f"LayerProbeCallback cannot log {', '.join(unsuitable)}: a fixed order of the layers, which training "
-                f"does not change. Scores that can be logged: {useful}."
+                f"does not change, or measured by runs of the model's own. Scores that can be logged: {useful}."
             )
         steps = type(every) is int and every > 0
         if not steps and every not in ("eval", "epoch"):
@@ -93,7 +93,7 @@ class LayerProbeCallback(TrainerCallback):
         self.stack = stack
         self.kinds = kinds
         self._docs = "docs" in found
-        self._scores = {name: score for name, score in found.items() if score.needs_data}
+        self._scores = {name: score for name, score in found.items() if score.streams}
         self._training = False
         self._start()
 
@@ -255,7 +255,7 @@ class _EvaluationBatches:
         width = max(2, len(str(self.stack.num_layers - 1)))
         logs = {}
         for name, accumulator in self._counted.items():
-            values = accumulator.compute()[0]
+            values = self.scores[name].read(accumulator)[0]
             bad = np.flatnonzero(~np.isfinite(values)).tolist()
             if bad:  # such numbers would also make trainer_state.json unreadable
                 logger.warning(f"{name} is not logged: it is not finite for layers {bad} of {self.stack.path}.")

@@ -62,3 +62,53 @@ def influence(inputs: list[list[np.ndarray]], outputs: list[list[np.ndarray]], m
             cosines += list((x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1))
         scores.append(1 - np.mean(cosines))
     return np.array(scores)
+
+
+def angular(states: list[list[np.ndarray]], masks: list[np.ndarray]) -> np.ndarray:
+    """arXiv 2403.17887: d(i, n) between states[i] and states[i + n], `[batch, tokens, hidden]` for each batch, at the last
+    token that is no padding; in units of π."""
+    number = len(states)
+    distances = np.zeros((number, number))
+    for a in range(number):
+        for b in range(number):
+            angles = []
+            for x, y, mask in zip(states[a], states[b], masks, strict=True):
+                for row in range(len(x)):
+                    last = np.flatnonzero(mask[row])[-1]
+                    u, v = x[row, last].astype(np.float64), y[row, last].astype(np.float64)
+                    cosine = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
+                    angles.append(np.arccos(np.clip(cosine, -1, 1)) / np.pi)
+            distances[a, b] = np.mean(angles)
+    return distances
+
+
+def counted(batches: list[np.ndarray], masks: list[np.ndarray]) -> np.ndarray:
+    """The tokens that are no padding, `[tokens, hidden]`."""
+    return np.concatenate([x.astype(np.float64)[m.astype(bool)] for x, m in zip(batches, masks, strict=True)])
+
+
+def update_norm(inputs: list[list[np.ndarray]], outputs: list[list[np.ndarray]], masks: list[np.ndarray]) -> np.ndarray:
+    scores = []
+    for before, after in zip(inputs, outputs, strict=True):
+        x, y = counted(before, masks), counted(after, masks)
+        scores.append(np.mean([np.sqrt(((b - a) ** 2).sum() / (a**2).sum()) for a, b in zip(x, y, strict=True)]))
+    return np.array(scores)
+
+
+def stable_rank(x: np.ndarray) -> tuple[float, float]:
+    """‖X‖_F² / ‖X‖₂² of centred rows, and the entropy of the eigenvalues of their covariance."""
+    x = x - x.mean(0)
+    values = np.linalg.eigvalsh(x.T @ x / len(x))
+    shares = values[values > 1e-15 * values[-1]] / values.sum()
+    return (x**2).sum() / np.linalg.norm(x, 2) ** 2, -(shares * np.log(shares)).sum()
+
+
+def local_intrinsic_dimension(points: np.ndarray) -> float:
+    """arXiv 2402.18048: −[(1/T) Σ_j log(r_j / r_T)]⁻¹ with all neighbours but the farthest, averaged over the points;
+    equal points are no neighbours."""
+    found = []
+    for i, x in enumerate(points):
+        r = sorted(np.linalg.norm(x - y) for j, y in enumerate(points) if j != i)[:-1]
+        r = [r_j for r_j in r if r_j > 0]
+        found.append(-1 / np.mean([np.log(r_j / r[-1]) for r_j in r]))
+    return np.mean(found)

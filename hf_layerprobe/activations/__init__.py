@@ -1,8 +1,10 @@
 """Running a model over data once and keeping statistics of its layers, never the activations."""
 
 from .data import batches
+from .means import TokenMean
 from .run import run_pass
+from .sample import TokenSample
 from .statistics import RunningStatistics
 from .stream import Accumulator, LayerStream
 
-__all__ = ["Accumulator", "LayerStream", "RunningStatistics", "batches", "run_pass"]
+__all__ = ["Accumulator", "LayerStream", "RunningStatistics", "TokenMean", "TokenSample", "batches", "run_pass"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,8 +18,20 @@ from .stream import Accumulator, LayerStream
 from .text import Batch
 
 
+class OwnRuns(Protocol):
+    """What is measured by running the model in other ways than once forward."""
+
+    def measure(self, batch: Batch) -> None:
+        """Takes one batch of model inputs, on the model's device."""
+
+
 def run_pass(
-    stack: LayerStack, accumulators: Sequence[Accumulator], data: Iterable[Batch], *, max_tokens: int | None = None
+    stack: LayerStack,
+    accumulators: Sequence[Accumulator],
+    data: Iterable[Batch],
+    *,
+    max_tokens: int | None = None,
+    own_runs: Sequence[OwnRuns] = (),
 ) -> dict[str, Any]:
     """Runs the model over the data in eval mode, without gradients and without a cache.
 
@@ -28,6 +40,7 @@ def run_pass(
         accumulators: What to compute.
         data: Batches of model inputs; see [`batches`].
         max_tokens: Stop once this many tokens (padding not counted) have been seen.
+        own_runs: Who runs the model in other ways on every batch.
 
     Returns:
         What was used: `tokens` (those of the stack that counted), `sequences`, a `fingerprint` (SHA-256) of the main
@@ -49,10 +62,16 @@ def run_pass(
     fixed = {"use_cache": False} if "use_cache" in accepted else {}
     count = TokenCount()
     fingerprint = Fingerprint(model)
-    with evaluating(model), LayerStream(stack, [count, *accumulators]), torch.no_grad():
+    with evaluating(model), LayerStream(stack, [count, *accumulators]) as stream, torch.no_grad():
         for batch in progress(data, desc="Calibration", unit="batch"):
             fingerprint.update(batch)
-            model(**{name: value.to(model.device) for name, value in batch.items()}, **fixed)
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            model(**inputs, **fixed)
+            if own_runs:  # which nobody else may watch
+                stream.close()
+                for each in own_runs:
+                    each.measure(inputs)
+                stream.open()
             if max_tokens is not None and count.tokens >= max_tokens:
                 break
     if not fingerprint.sequences:

@@ -26,7 +26,7 @@ By = Annotated[
     str,
     typer.Option(
         help="The rule that chooses: `auto` measures several and takes the best; or one of avss-relative, "
-        "avss-published, avss-released, influence, docs, last, random."
+        "avss-published, avss-released, influence, angular, update-norm, cka, stable-rank, lid, taylor, bypass, docs, last, random."
     ),
 ]
 Ratio = Annotated[float | None, typer.Option(help="Share of the layers to remove, such as 0.25.")]

@@ -1,6 +1,17 @@
 """Scores of layers and of pairs of layers. Importing a module below registers its scores."""
 
-from . import baselines, influence, redundancy  # noqa: F401
+from . import (  # noqa: F401
+    activation_cka,
+    angular,
+    baselines,
+    bypass,
+    influence,
+    intrinsic_dimension,
+    redundancy,
+    spectrum,
+    taylor,
+    update_norm,
+)
 from .avss import avss
 from .docs import chance_level, docs_similarity
 from .eavss import eavss

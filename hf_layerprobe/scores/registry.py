@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any
 
 from ..errors import LayerProbeError
@@ -19,9 +20,12 @@ class Score:
         name: Unique name.
         source: The paper that defines it, or "our own definition".
         higher_is_more_important: Whether a high value argues for keeping the layer.
-        needs_data: If true, `make(num_layers, **options)` builds an accumulator with `compute() -> (values, details)`;
-            if false, `make(stack, **options)` returns `(values, details)` at once.
-        make: See `needs_data`.
+        needs_data: If false, `make(stack, **options)` returns `(values, details)` at once. If true,
+            `make(num_layers, **options)` builds an accumulator of activations for the pass.
+        make: See `needs_data`. Scores with the same one and the same options share an accumulator in a pass.
+        read: Turns what `make` has built and the pass has filled into `(values, details)`.
+        own_runs: Whether activations do not suffice: `make(stack, **options)` then builds an object whose
+            `measure(batch)` runs the model by itself on every batch of the pass.
     """
 
     name: str
@@ -29,6 +33,13 @@ class Score:
     higher_is_more_important: bool
     needs_data: bool
     make: Callable
+    read: Callable = methodcaller("compute")
+    own_runs: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """Whether it is measured on the activations of any forward pass."""
+        return self.needs_data and not self.own_runs
 
     def check_options(self, options: Mapping[str, Any], *others: str) -> None:
         """Refuses options that `make` does not have.
@@ -56,8 +67,11 @@ SCORES: dict[str, Score] = {}
 OURS = "our own definition"
 
 
-def register(name: str, make: Callable, *, source: str, higher_is_more_important: bool, needs_data: bool) -> None:
-    SCORES[name] = Score(name, source, higher_is_more_important, needs_data, make)
+def register(
+    name: str, make: Callable, *, source: str, higher_is_more_important: bool, needs_data: bool, **how: Any
+) -> None:
+    """Adds a score to the table; `how` are the other attributes of [`Score`]."""
+    SCORES[name] = Score(name, source, higher_is_more_important, needs_data, make, **how)
 
 
 def get_score(name: str) -> Score:

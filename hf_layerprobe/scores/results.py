@@ -20,7 +20,9 @@ class LayerScores:
         higher_is_more_important: Whether a high value argues for keeping the layer.
         stack: Path of the stack.
         source: The paper that defines the score, or "our own definition".
-        details: Arrays behind the score, one value a layer each.
+        details: Arrays behind the score, one value a layer each, unless the score says otherwise. With `distances`
+            (`[num_layers + 1, num_layers + 1]`, between the states before any two layers) a score rates blocks of
+            layers.
         data: What it was computed on: number of tokens, fingerprint, options; empty for scores of the weights.
     """
 
@@ -43,12 +45,17 @@ class LayerScores:
     def least_important(self, number: int) -> list[int]:
         """The `number` least important layers (0-based), ascending by index; ties go to the earlier layer.
 
+        A score that rates blocks names the contiguous block of that many layers whose two ends are the closest.
+
         Raises:
             LayerProbeError: A value is NaN, so that there is no order.
         """
         if np.isnan(self.values).any():
             bad = np.flatnonzero(np.isnan(self.values)).tolist()
             raise LayerProbeError(f"The score {self.name!r} is NaN for layers {bad}; it cannot rank them.")
+        if number and "distances" in self.details:
+            start = int(np.diagonal(self.details["distances"], offset=number).argmin())
+            return list(range(start, start + number))
         return sorted(np.argsort(self.importance, kind="stable")[:number].tolist())
 
     def to_dict(self) -> dict[str, Any]:

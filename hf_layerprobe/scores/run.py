@@ -41,11 +41,12 @@ def score_layers(
 
     Args:
         model: The model; run in eval mode and left as it was.
-        data: A list or a `datasets` data set of texts, conversations, images or audio, with `tokenizer=`, or anything that
-            yields model inputs (a list of dicts of tensors, a `DataLoader`, a Trainer's `get_eval_dataloader()`); see
-            `hf_layerprobe.activations.batches`. Scores of the weights need none.
+        data: A list or a `datasets` data set of texts, conversations, images or audio, with `tokenizer=`, or anything
+            that yields model inputs (a list of dicts of tensors, a `DataLoader`, a Trainer's `get_eval_dataloader()`);
+            see `hf_layerprobe.activations.batches`. Scores of the weights need none.
         by: A registered name, or several: avss-relative (or avss for short), avss-published, avss-released, influence,
-            docs, last, random.
+            angular, update-norm, cka, stable-rank, lid; taylor, which adds a backward pass on every batch, and bypass,
+            which adds a run for each layer; docs, last, random. The data are gone through once.
         stack: Path of the stack; the main one by default.
         tokenizer: The model's tokenizer for texts and conversations, its processor for images and audio.
         batch_size: Rows a batch, where batches are made here.
@@ -61,7 +62,8 @@ def score_layers(
 
     Raises:
         LayerProbeError: No or an unknown score or option, missing, empty or unsuitable data, no tokenizer or processor
-            for them, `max_tokens` below one sequence that is not cut, padding that cannot be told apart in what the layers see, weights not in memory, scores that are not finite.
+            for them, `max_tokens` below one sequence that is not cut, padding that cannot be told apart in what the
+            layers see, no loss where a score needs one, weights not in memory, scores that are not finite.
     """
     names = [by] if isinstance(by, str) else list(by)
     scores = [get_score(ALIASES.get(name, name)) for name in names]
@@ -72,25 +74,27 @@ def score_layers(
     for score in scores:
         score.check_options(options, *PASS_OPTIONS)
     found = resolve_stack(model, stack)
-    results: dict[str, LayerScores] = {}
-    streamed = {
-        name: (score, score.make(found.num_layers, **options))
-        for name, score in zip(names, scores, strict=True)
-        if score.needs_data
-    }
+    # Scores that read the same statistics share them.
+    streamed = {score.make: score for score in scores if score.needs_data}
+    built = {make: make(found if score.own_runs else found.num_layers, **options) for make, score in streamed.items()}
     used: dict[str, Any] = {}
-    if streamed:
+    if built:
         if data is None:
+            wanting = [name for name, score in zip(names, scores, strict=True) if score.needs_data]
             raise LayerProbeError(
-                f"{', '.join(streamed)}: measured on activations, so data is needed (data=, tokenizer=)."
+                f"{', '.join(wanting)}: measured on activations, so data is needed (data=, tokenizer=)."
             )
         rows = batches(
             data, model, tokenizer, batch_size=batch_size, max_length=max_length, pack=pack, max_tokens=max_tokens
         )
-        used = run_pass(found, [accumulator for _, accumulator in streamed.values()], rows, max_tokens=max_tokens)
+        watching, running = (
+            [built[make] for make, score in streamed.items() if score.own_runs == own] for own in (False, True)
+        )
+        used = run_pass(found, watching, rows, max_tokens=max_tokens, own_runs=running)
+    results: dict[str, LayerScores] = {}
     for name, score in zip(names, scores, strict=True):
-        values, details = streamed[name][1].compute() if name in streamed else score.make(found, **options)
-        results[name] = _result(score, values, details, found, used if name in streamed else {})
+        values, details = score.read(built[score.make]) if score.needs_data else score.make(found, **options)
+        results[name] = _result(score, values, details, found, used if score.needs_data else {})
     return results[by] if isinstance(by, str) else results
 
 

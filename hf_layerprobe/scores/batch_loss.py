@@ -1,0 +1,66 @@
+"""The loss of a batch, for scores that need one."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from ..activations.text import Batch
+from ..errors import LayerProbeError
+from ..precision import widest
+from .loss import IGNORED, ROWS, check_causal
+
+
+class BatchLoss:
+    """Computes a batch's loss as a sum over its labels.
+
+    A causal language model predicts each next token, of the labels if the batch has them. Any other model gives its own
+    loss, for which the batch needs labels.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self._fixed = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        generates = getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
+        self._causal = generates and model.main_input_name == "input_ids"
+        self._checked = False
+
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the losses in nats, `[]`, and number of labels that count, `[]`.
+
+        Raises:
+            LayerProbeError: No labels for a model that does not predict the next token.
+        """
+        labels = batch.get("labels")
+        if self._causal and "input_ids" in batch:
+            if labels is None:
+                labels = self._next_tokens(batch)
+            return self._next_token_loss(batch, labels)
+        loss = None if labels is None else self.model(**batch, **self._fixed).loss
+        if loss is None:
+            raise LayerProbeError(
+                f"This score needs a loss, and {type(self.model).__name__}, which is not a causal language model, has none "
+                f"without labels. Pass batches with labels; this one has {list(batch)}."
+            )
+        number = (labels != IGNORED).sum()
+        return loss * number, number
+
+    def _next_tokens(self, batch: Batch) -> torch.Tensor:
+        if not self._checked:
+            check_causal(self.model)
+            self._checked = True
+        mask = batch.get("attention_mask")
+        return batch["input_ids"] if mask is None else torch.where(mask.bool(), batch["input_ids"], IGNORED)
+
+    def _next_token_loss(self, batch: Batch, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = self.model(**inputs, **self._fixed).logits[:, :-1]  # [batch, tokens - 1, vocabulary]
+        labels = labels[:, 1:].to(logits.device)
+        total = logits.new_zeros((), dtype=widest(logits.device))
+        for rows, targets in zip(logits.flatten(0, 1).split(ROWS), labels.flatten().split(ROWS), strict=True):
+            losses = cross_entropy(rows.float(), targets, ignore_index=IGNORED, reduction="none")
+            total = total + losses.sum(dtype=total.dtype)
+        return total, (labels != IGNORED).sum()
