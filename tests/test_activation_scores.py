@@ -233,7 +233,7 @@ def test_unusable_data(data, tokenizer, message):
     "options, message",
     [
         (dict(variant="enhanced"), "Unknown AVSS variant 'enhanced'; the variants are published, released, relative"),
-        (dict(site="mlp"), "Unknown site 'mlp'"),
+        (dict(site="mpl"), "not at 'mpl'. Did you mean 'mlp'"),
         (dict(eps=0), "eps must be positive"),
     ],
 )

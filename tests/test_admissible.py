@@ -158,7 +158,12 @@ def test_t5_moves_its_position_bias(part):
 
 def test_minicpm3_corrects_its_scale():
     config = tf.MiniCPM3Config(
-        **{**SIX, "num_key_value_heads": 4}, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8
+        **{**SIX, "num_key_value_heads": 4},
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
     )
     pruned = same_as_bypassed(redrawn(tf.MiniCPM3ForCausalLM(config)), [0, 3])
     assert pruned.config.scale_depth == pytest.approx(1.4 * (4 / 6) ** 0.5)

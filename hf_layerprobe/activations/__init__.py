@@ -4,7 +4,18 @@ from .data import batches
 from .means import TokenMean
 from .run import run_pass
 from .sample import TokenSample
+from .sites import SITES, SUBLAYERS
 from .statistics import RunningStatistics
 from .stream import Accumulator, LayerStream
 
-__all__ = ["Accumulator", "LayerStream", "RunningStatistics", "TokenMean", "TokenSample", "batches", "run_pass"]
+__all__ = [
+    "SITES",
+    "SUBLAYERS",
+    "Accumulator",
+    "LayerStream",
+    "RunningStatistics",
+    "TokenMean",
+    "TokenSample",
+    "batches",
+    "run_pass",
+]

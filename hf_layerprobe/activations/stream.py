@@ -17,14 +17,17 @@ from ..errors import LayerProbeError
 from ..stacks import LayerStack
 from ..stacks.bypass import hidden_input, hidden_output
 from .masks import TokenMasks
+from .sites import find_taps
 
 logger = logging.get_logger(__name__)
 
 
 class Accumulator(Protocol):
-    """Statistics of the residual stream around each layer."""
+    """Statistics of the residual stream around each layer, and of its sublayers if the attribute `sites` names some."""
 
-    def update(self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def update(
+        self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None, **sites: torch.Tensor
+    ) -> None:
         """Takes one layer of one batch.
 
         Args:
@@ -32,6 +35,8 @@ class Accumulator(Protocol):
             before: What enters the layer, `[batch, tokens, hidden]`.
             after: What leaves it, `[batch, tokens, hidden]`.
             mask: `[batch, tokens]` on the same device, true for the tokens that count; `None` when all do.
+            sites: Activations at each site that the attribute `sites` names (a tuple of `SUBLAYERS`), by its name,
+                `[batch, tokens, width]`.
         """
 
 
@@ -51,6 +56,7 @@ class LayerStream:
         self.stack = stack
         self.accumulators = accumulators
         self.guest = guest
+        self._taps = {site: find_taps(stack, site) for site in _sites(accumulators)}
         self._model_hooks: list = []
         self._layer_hooks: list = []
 
@@ -85,9 +91,14 @@ class LayerStream:
         if self.stack is None or (self.guest and model.training):
             return
         self._masks.begin(args, kwargs)
+        self._taken: list[dict[str, list[torch.Tensor]]] = [{} for _ in self.stack.layers]
         self._layer_hooks = [
             layer.register_forward_hook(self._layer_hook(index), with_kwargs=True)
             for index, layer in enumerate(self.stack.layers)
+        ] + [
+            tap.register(self._taken[index].setdefault(site, []).append)
+            for site, taps in self._taps.items()
+            for index, tap in enumerate(taps)
         ]
 
     def _after_pass(self, *_args) -> None:
@@ -98,7 +109,7 @@ class LayerStream:
             handle.remove()
         if self._layer_hooks:
             self._masks.end()
-        self._layer_hooks = []
+        self._layer_hooks, self._taken = [], []
 
     def _layer_hook(self, index: int):
         def take(_layer, args, kwargs, output):
@@ -109,12 +120,18 @@ class LayerStream:
             before = before.to(after.device)
             try:
                 mask = self._masks.fit(before)
+                sites = {site: self._taps[site][index].fit(taken, before) for site, taken in self._taken[index].items()}
             except LayerProbeError as error:
                 if not self.guest:
                     raise
                 logger.warning_once(f"The activations of this pass are not measured: {error}")
                 return
             for accumulator in self.accumulators:
-                accumulator.update(index, before, after, mask)
+                wanted = {site: sites[site] for site in getattr(accumulator, "sites", ())}
+                accumulator.update(index, before, after, mask, **wanted)
 
         return take
+
+
+def _sites(accumulators: Sequence[Accumulator]) -> list[str]:
+    return list(dict.fromkeys(site for each in accumulators for site in getattr(each, "sites", ())))

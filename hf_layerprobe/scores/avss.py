@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..activations import RunningStatistics
+from ..activations import SITES, SUBLAYERS, RunningStatistics
 from ..errors import LayerProbeError
 from ..precision import widest
 from ..stacks import LayerStack
@@ -26,27 +26,33 @@ class PooledAVSS:
     Args:
         num_layers: Number of layers.
         eps: Values below this magnitude count as inactive.
-        relative: Take the update u = x_out − x_in in units of rms(x_in), token by token, instead of the output.
+        site: Which activations; see [`score_layers`].
+        relative: Take them in units of rms(x_in), token by token.
 
     Raises:
         LayerProbeError: `eps` is not positive.
     """
 
-    def __init__(self, num_layers: int, *, eps: float, relative: bool):
+    def __init__(self, num_layers: int, *, eps: float, site: str, relative: bool):
         self.eps = check_eps(eps)
+        self.site = site
+        self.sites = (site,) if site in SUBLAYERS else ()
         self.relative = relative
         self.statistics = RunningStatistics(num_layers)
 
-    def update(self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
-        after = after.float()
+    def update(
+        self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None, **sites: torch.Tensor
+    ) -> None:
+        # float64: in float32 the rounding of the stream moves values across eps, and their share is small.
+        before, values = (x.to(widest(x.device)) for x in (before, sites.get(self.site, after)))
+        if self.site == "update":
+            values = values - before
         if self.relative:
-            # float64: in float32 the rounding of the stream moves values across eps, and their share is small.
-            before = before.to(widest(before.device))
             rms = torch.linalg.vector_norm(before, dim=-1, keepdim=True) / before.shape[-1] ** 0.5  # [batch, tokens, 1]
-            after = (after - before) / rms.clamp_min(torch.finfo(torch.float32).tiny)
-        variances, means = torch.var_mean(after, dim=-1, correction=0)  # [batch, tokens]
-        small = (after.abs() < self.eps).sum(-1)
-        weight = torch.full_like(means, after.shape[-1]) if mask is None else mask * after.shape[-1]
+            values = values / rms.clamp_min(torch.finfo(torch.float32).tiny)
+        variances, means = torch.var_mean(values, dim=-1, correction=0)  # [batch, tokens]
+        small = (values.abs() < self.eps).sum(-1)
+        weight = torch.full_like(means, values.shape[-1]) if mask is None else mask * values.shape[-1]
         self.statistics.update(layer, means, variances, small, weight)
 
     def compute(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -62,12 +68,13 @@ class ReleasedAVSS:
     Args:
         num_layers: Number of layers.
         eps: Values below this magnitude count as inactive.
+        site: `"layer"`, where the authors measure.
 
     Raises:
         LayerProbeError: `eps` is not positive.
     """
 
-    def __init__(self, num_layers: int, *, eps: float = EPS["released"]):
+    def __init__(self, num_layers: int, *, eps: float = EPS["released"], site: str = "layer"):
         self.eps = check_eps(eps)
         self.batches = torch.zeros(num_layers, dtype=torch.float64)
         self.values = torch.zeros(num_layers, dtype=torch.float64)
@@ -97,14 +104,14 @@ def check_eps(eps: float) -> float:
     return eps
 
 
-def published(num_layers: int, *, eps: float = EPS["published"]) -> PooledAVSS:
+def published(num_layers: int, *, eps: float = EPS["published"], site: str = "layer") -> PooledAVSS:
     """The variant `"published"` of [`avss`]."""
-    return PooledAVSS(num_layers, eps=eps, relative=False)
+    return PooledAVSS(num_layers, eps=eps, site=site, relative=False)
 
 
-def relative(num_layers: int, *, eps: float = EPS["relative"]) -> PooledAVSS:
+def relative(num_layers: int, *, eps: float = EPS["relative"], site: str = "update") -> PooledAVSS:
     """The variant `"relative"` of [`avss`]."""
-    return PooledAVSS(num_layers, eps=eps, relative=True)
+    return PooledAVSS(num_layers, eps=eps, site="update" if site == "layer" else site, relative=True)
 
 
 def avss_from(
@@ -152,7 +159,9 @@ def avss(
             model.
         eps: Threshold of inactivity; 1e-5 by default, 0.05 for the relative variant. A layer without a single value
             below it counts as having one.
-        site: `"layer"`, the output of the whole layer.
+        site: Which activations are measured; see [`score_layers`]. The relative variant is about what is added to the
+            stream, so that `"layer"` means `"update"` there, and takes the sublayers' outputs in units of the layer's
+            input; `"mlp-inner"` is not added to the stream. The released variant is the authors' at `"layer"` alone.
         stack: Path of the stack; the main one by default.
         tokenizer: Needed for texts.
         options: `batch_size`, `max_length`, `pack`, `max_tokens`; see [`score_layers`].
@@ -166,16 +175,14 @@ def avss(
     """
     if variant not in EPS:
         raise LayerProbeError(f"Unknown AVSS variant {variant!r}; the variants are {', '.join(EPS)}.")
-    if site != "layer":
-        raise LayerProbeError(f"Unknown site {site!r}; AVSS is measured at 'layer', the output of the whole layer.")
     if eps is not None:
         options["eps"] = eps
-    return score_layers(model, data, by=f"avss-{variant}", stack=stack, tokenizer=tokenizer, **options)
+    return score_layers(model, data, by=f"avss-{variant}", site=site, stack=stack, tokenizer=tokenizer, **options)
 
 
-for _name, _make, _source in (
-    ("avss-published", published, PAPER),
-    ("avss-released", ReleasedAVSS, f"{PAPER}, the authors' released code"),
-    ("avss-relative", relative, OURS),
+for _name, _make, _source, _sites in (
+    ("avss-published", published, PAPER, SITES),
+    ("avss-released", ReleasedAVSS, f"{PAPER}, the authors' released code", ("layer",)),
+    ("avss-relative", relative, OURS, ("update", "layer", "attention", "mlp")),
 ):
-    register(_name, _make, source=_source, higher_is_more_important=True, needs_data=True)
+    register(_name, _make, source=_source, higher_is_more_important=True, needs_data=True, sites=_sites)

@@ -26,6 +26,8 @@ class Score:
         read: Turns what `make` has built and the pass has filled into `(values, details)`.
         own_runs: Whether activations do not suffice: `make(stack, **options)` then builds an object whose
             `measure(batch)` runs the model by itself on every batch of the pass.
+        sites: The activations that it can be measured on (of `hf_layerprobe.activations.SITES`), the default first; with
+            several, `make` takes `site=`. Empty for scores that have no such choice.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Score:
     make: Callable
     read: Callable = methodcaller("compute")
     own_runs: bool = False
+    sites: tuple[str, ...] = ()
 
     @property
     def streams(self) -> bool:
@@ -55,7 +58,12 @@ class Score:
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return
         names = [parameter.name for parameter in parameters]
-        for option in options:
+        for option, value in options.items():
+            if option == "site" and value not in self.sites:
+                known = (
+                    f"can be measured at {', '.join(map(repr, self.sites))}" if self.sites else "has no choice of sites"
+                )
+                raise LayerProbeError(f"{self.name} {known}, not at {value!r}.{_nearest(str(value), self.sites)}")
             if option not in names:
                 known = ", ".join(names) or "it has none"
                 raise LayerProbeError(

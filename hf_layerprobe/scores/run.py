@@ -29,6 +29,7 @@ def score_layers(
     data: Any = None,
     *,
     by: str | Sequence[str] = "avss",
+    site: str | None = None,
     stack: str | LayerStack | None = None,
     tokenizer=None,
     batch_size: int = 4,
@@ -47,6 +48,9 @@ def score_layers(
         by: A registered name, or several: avss-relative (or avss for short), avss-published, avss-released, influence,
             angular, update-norm, cka, stable-rank, lid; taylor, which adds a backward pass on every batch, and bypass,
             which adds a run for each layer; docs, last, random. The data are gone through once.
+        site: Which activations are measured, where the scores have a choice: `"layer"`, its output; `"update"`, output −
+            input; `"attention"` or `"mlp"`, what that sublayer hands on (before a norm that may follow; the whole block of
+            a mixture of experts); or `"mlp-inner"`, what enters the MLP's down projection. Each score's own by default.
         stack: Path of the stack; the main one by default.
         tokenizer: The model's tokenizer for texts and conversations, its processor for images and audio.
         batch_size: Rows a batch, where batches are made here.
@@ -62,8 +66,9 @@ def score_layers(
 
     Raises:
         LayerProbeError: No or an unknown score or option, missing, empty or unsuitable data, no tokenizer or processor
-            for them, `max_tokens` below one sequence that is not cut, padding that cannot be told apart in what the
-            layers see, no loss where a score needs one, weights not in memory, scores that are not finite.
+            for them, `max_tokens` below one sequence that is not cut, a site that a score does not accept or that some
+            layers do not have, padding that cannot be told apart in what the layers see, no loss where a score needs one,
+            weights not in memory, scores that are not finite.
     """
     names = [by] if isinstance(by, str) else list(by)
     scores = [get_score(ALIASES.get(name, name)) for name in names]
@@ -71,6 +76,8 @@ def score_layers(
         raise LayerProbeError("by= names no score; pass one or several, for example by=['avss', 'influence'].")
     if options and len(scores) != 1:
         raise LayerProbeError(f"Options {sorted(options)} belong to one score; {len(scores)} were asked for.")
+    if site is not None:
+        options = {**options, "site": site}
     for score in scores:
         score.check_options(options, *PASS_OPTIONS)
     found = resolve_stack(model, stack)
@@ -94,7 +101,8 @@ def score_layers(
     results: dict[str, LayerScores] = {}
     for name, score in zip(names, scores, strict=True):
         values, details = score.read(built[score.make]) if score.needs_data else score.make(found, **options)
-        results[name] = _result(score, values, details, found, used if score.needs_data else {})
+        about = used | ({"site": site or score.sites[0]} if score.sites else {}) if score.needs_data else {}
+        results[name] = _result(score, values, details, found, about)
     return results[by] if isinstance(by, str) else results
 
 

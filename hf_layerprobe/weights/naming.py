@@ -34,8 +34,8 @@ NAMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (r"gate_up_proj|mlp\.Wi", ("gate", "up"), "rows"),
     (r"gate_proj|wi_0", ("gate",), "rows"),
-    (r"up_proj|fc1|c_fc|fc_in|dense_h_to_4h|intermediate\.dense|wi_1|wi|lin1", ("up",), "rows"),
-    (r"down_proj|fc2|mlp\.c_proj|fc_out|dense_4h_to_h|output\.dense|wo|lin2|mlp\.Wo", ("down",), "rows"),
+    (r"up_proj|fc1|c_fc|fc_in|dense_h_to_4h|intermediate[._]dense|wi_1|wi|lin1", ("up",), "rows"),
+    (r"down_proj|fc2|mlp\.c_proj|fc_out|dense_4h_to_h|output[._]dense|wo|lin2|mlp\.Wo", ("down",), "rows"),
 )
 # Model types whose fused query, key and value rows are packed in another way than their module's name says.
 OTHER_PACKING = {"gpt_bigcode": "heads", "codegen": "unknown"}
