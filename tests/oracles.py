@@ -112,3 +112,10 @@ def local_intrinsic_dimension(points: np.ndarray) -> float:
         r = [r_j for r_j in r if r_j > 0]
         found.append(-1 / np.mean([np.log(r_j / r[-1]) for r_j in r]))
     return np.mean(found)
+
+
+def sublayer_influence(streams: list[list[np.ndarray]], outputs: list[list[np.ndarray]], masks: list) -> np.ndarray:
+    """arXiv 2406.15786: 1 − mean cos(x, x + f) with x the stream that the sublayer adds its output f to."""
+    return influence(
+        streams, [[x + f for x, f in zip(*pair, strict=True)] for pair in zip(streams, outputs, strict=True)], masks
+    )

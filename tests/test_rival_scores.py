@@ -14,7 +14,19 @@ from tiny import TEXT, redrawn, tiny_model, tiny_tokenizer
 from hf_layerprobe import LayerProbeError, find_stacks, plan_pruning, score_layers
 from hf_layerprobe.activations import TokenSample, run_pass
 
-EVERYTHING = ("avss", "influence", "angular", "update-norm", "cka", "stable-rank", "lid", "taylor", "bypass")
+EVERYTHING = (
+    "avss",
+    "influence",
+    "influence-mlp",
+    "influence-attention",
+    "angular",
+    "update-norm",
+    "cka",
+    "stable-rank",
+    "lid",
+    "taylor",
+    "bypass",
+)
 
 
 def states_of(model, batches, stack=None):
@@ -55,6 +67,44 @@ def test_scores_of_the_stream(family, token_batches):
     np.testing.assert_allclose(found["stable-rank"].details["entropy"], entropies, rtol=1e-6)
     dimensions = [oracles.local_intrinsic_dimension(x) for x in points[1:]]
     np.testing.assert_allclose(found["lid"].values, dimensions, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_sublayers(family, token_batches):
+    model, masks = tiny_model(family), masks_of(token_batches)
+    layers = find_stacks(model)[0].layers
+    recordings = {"attention": [[] for _ in layers], "mlp": [[] for _ in layers]}
+    handles = []
+    for i, layer in enumerate(layers):
+        for site, module in zip(
+            recordings, [m for n, m in layer.named_children() if "norm" not in n and "ln" not in n], strict=True
+        ):
+            keep = recordings[site][i].append
+            handles.append(
+                module.register_forward_hook(
+                    lambda _m, _a, out, keep=keep: keep((out[0] if isinstance(out, tuple) else out).numpy())
+                )
+            )
+    inputs, _ = recorded(model, token_batches)
+    for handle in handles:
+        handle.remove()
+    found = score_layers(model, token_batches, by=["influence-attention", "influence-mlp"])
+    attention = oracles.sublayer_influence(inputs, recordings["attention"], masks)
+    np.testing.assert_allclose(found["influence-attention"].values, attention, rtol=1e-5)
+    between = [
+        [x + a for x, a in zip(*pair, strict=True)] for pair in zip(inputs, recordings["attention"], strict=True)
+    ]
+    np.testing.assert_allclose(
+        found["influence-mlp"].values, oracles.sublayer_influence(between, recordings["mlp"], masks), rtol=1e-5
+    )
+    rough = score_layers(model.bfloat16(), token_batches, by="influence-mlp")
+    np.testing.assert_allclose(rough.values, found["influence-mlp"].values, rtol=0.1)
+
+
+@pytest.mark.parametrize("family", ["bert", "gemma3"])
+def test_sublayers_whose_outputs_are_not_what_is_added(family, token_batches):
+    with pytest.raises(LayerProbeError, match=r"layers \[0, 1, 2, 3\] add something else .* a norm or a scale follows"):
+        score_layers(tiny_model(family), token_batches, by="influence-mlp")
 
 
 def test_alignment_of_layers():

@@ -85,6 +85,52 @@ def depth_plot(scores: Sequence[LayerScores], path: str | Path) -> Path:
     return _write(figure, path)
 
 
+def difference_plot(scores: LayerScores, path: str | Path) -> Path:
+    """Draws by depth how differently the layers treat hallucinated and factual answers, and the EAVSS that comes of it.
+
+    Above, the difference in variance with its bootstrap interval; layers whose interval covers zero are grey.
+
+    Args:
+        scores: From [`eavss`].
+        path: The PNG file to write.
+
+    Raises:
+        KeyError: Scores without such an interval.
+    """
+    difference, low, high, covers = (
+        scores.details[name] for name in ("variance_difference", "low", "high", "covers_zero")
+    )
+    layers, covers = np.arange(len(scores)), covers > 0
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    top.axhline(0, color="black", linewidth=0.8)
+    for which, colour in ((covers, "#8C8C8C"), (~covers, ORANGE)):
+        top.vlines(layers[which], low[which], high[which], color=colour, linewidth=2)
+        top.plot(layers[which], difference[which], linestyle="none", marker="o", markersize=5, color=colour)
+        bottom.plot(layers[which], scores.values[which], linestyle="none", marker="o", markersize=5, color=colour)
+    # Layers differ by orders of magnitude; linear around zero, logarithmic beyond the middle one.
+    top.set_yscale("symlog", linthresh=float(np.median(np.abs(difference))) or 1)
+    bottom.set_yscale("log")
+    top.set_title(
+        f"Variance of the update, hallucinated − factual ({scores.data['pairs']} pairs, {scores.data['confidence']:.0%} "
+        f"interval excludes zero for {(~covers).sum()} of {len(scores)} layers)",
+        loc="left", fontsize=10,
+    )  # fmt: skip
+    bottom.set_title(f"{scores.name}  —  {scores.source}", loc="left", fontsize=10)
+    bottom.set_xlabel("layer")
+    for axes in (top, bottom):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    marks = [Line2D([], [], color=colour, marker="o", linestyle="none") for colour in (ORANGE, "#8C8C8C")]
+    figure.legend(
+        marks, ["interval excludes zero", "interval covers zero"], loc="outside lower center", ncols=2, frameon=False,
+        fontsize=9,
+    )  # fmt: skip
+    return _write(figure, path)
+
+
 def overview(similarity: SimilarityMatrix, scores: Sequence[LayerScores], path: str | Path) -> Path:
     """Draws every heat map, on one scale, above every score by depth.
 

@@ -9,6 +9,7 @@ from . import (  # noqa: F401
     intrinsic_dimension,
     redundancy,
     spectrum,
+    sublayers,
     taylor,
     update_norm,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..activations import LayerStream
 from ..activations.data import check_positive, longest
+from ..activations.fingerprint import Fingerprint
 from ..activations.text import token_ids
 from ..errors import LayerProbeError
 from ..modes import evaluating
@@ -45,11 +46,11 @@ class SequenceMoments:
         sums = [torch.full_like(update[..., 0], update.shape[-1]), update.sum(-1), update.square().sum(-1)]
         sums.append((update.abs() < self.eps).sum(-1).to(wide))
         moments = torch.stack([(part * weight).sum(1) for part in sums], -1)  # [batch, 4]
-        self.layers[layer].append(moments.cpu().double())
+        self.layers[layer].append(moments)
 
     def moments(self) -> np.ndarray:
         """`[sequences, layers, 4]`."""
-        return np.stack([torch.cat(parts).numpy() for parts in self.layers], axis=1)
+        return np.stack([torch.cat(parts).cpu().double().numpy() for parts in self.layers], axis=1)
 
 
 def eavss(
@@ -57,6 +58,7 @@ def eavss(
     pairs: Iterable[Mapping[str, str]],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    columns: Sequence[str] = COLUMNS,
     eps: float = 0.05,
     stack: str | LayerStack | None = None,
     batch_size: int = 8,
@@ -74,8 +76,10 @@ def eavss(
 
     Args:
         model: A decoder-only language model; run in eval mode and left as it was.
-        pairs: Rows with `prompt`, `factual` and `hallucinated`, such as a `datasets.Dataset`.
+        pairs: Rows with a prompt and two answers to it, such as a `datasets.Dataset` or `IterableDataset`. Answers are
+            appended to the prompt as they are; give them their leading space, or the prompt its last line.
         tokenizer: The model's tokenizer.
+        columns: Where the rows hold the prompt, the factual and the hallucinated answer.
         eps: Threshold of inactivity, in units of the stream.
         stack: Path of the stack; the main one by default.
         batch_size: Sequences a batch.
@@ -86,28 +90,23 @@ def eavss(
         seed: Of the bootstrap.
 
     Returns:
-        Scores, higher reacts more; `details` has `hsav`, `hss`, the signed `variance_difference` with `low` and `high`,
-        and `covers_zero`, 1 for each layer whose interval covers zero.
+        Scores, higher reacts more; `details` has `hsav`, `hss`, the signed `variance_difference` (hallucinated − factual)
+        with `low` and `high`, and `covers_zero`, 1 for each layer whose interval covers zero. `data` has a fingerprint.
 
     Raises:
-        LayerProbeError: Fewer than two pairs, a missing column, an empty answer, a size or `eps` that is not positive, or
-            values that are not finite.
+        LayerProbeError: Fewer than two pairs, columns that are missing or not three, an empty answer, a size or `eps` that
+            is not positive, a confidence outside (0, 1), or values that are not finite.
     """
     check_positive(batch_size=batch_size, max_length=max_length, resamples=resamples)
     check_eps(eps)
+    if not 0 < confidence < 1:
+        raise LayerProbeError(f"confidence is the coverage of the interval, between 0 and 1; got {confidence}.")
     max_length = longest(model, max_length)
     found = resolve_stack(model, stack)
-    rows = list(pairs)
-    if len(rows) < 2:
-        raise LayerProbeError(f"eavss needs at least two pairs to compare, got {len(rows)}.")
-    for index, row in enumerate(rows):
-        missing = [name for name in COLUMNS if not isinstance(row, Mapping) or not isinstance(row.get(name), str)]
-        if missing:
-            raise LayerProbeError(f"Pair {index} has no text under {missing}; expected {list(COLUMNS)}.")
-    sequences = [
-        _answer_tokens(row["prompt"], row[kind], tokenizer, max_length) for kind in COLUMNS[1:] for row in rows
-    ]
-    moments = _measure(found, sequences, eps, batch_size, getattr(tokenizer, "pad_token_id", None) or 0)
+    rows = _rows(pairs, columns)
+    prompt, *answers = columns
+    sequences = [_answer_tokens(row[prompt], row[answer], tokenizer, max_length) for answer in answers for row in rows]
+    moments, used = _measure(found, sequences, eps, batch_size, getattr(tokenizer, "pad_token_id", None) or 0)
     factual, hallucinated = moments[: len(rows)], moments[len(rows) :]  # [pairs, layers, 4]
     variance, sparsity = _differences(factual.sum(0), hallucinated.sum(0))
     draws = np.random.default_rng(seed).integers(0, len(rows), (resamples, len(rows)))
@@ -127,8 +126,28 @@ def eavss(
         "high": high,
         "covers_zero": ((low <= 0) & (high >= 0)).astype(float),
     }
-    used: dict[str, Any] = {"pairs": len(rows), "eps": eps, "confidence": confidence}
+    used = {"pairs": len(rows), **used, "eps": eps, "confidence": confidence}
     return LayerScores("eavss", values, False, found.path, SOURCE, details, used)
+
+
+def _rows(pairs: Iterable[Mapping[str, str]], columns: Sequence[str]) -> list[Mapping[str, str]]:
+    if isinstance(columns, str) or len(columns) != len(COLUMNS):
+        raise LayerProbeError(
+            f"columns names three, those of the prompt, the factual and the hallucinated answer; got {columns!r}."
+        )
+    rows = list(pairs)
+    if len(rows) < 2:
+        raise LayerProbeError(f"eavss needs at least two pairs to compare, got {len(rows)}.")
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise LayerProbeError(f"Pair {index} is a {type(row).__name__}; expected a row with {list(columns)}.")
+        missing = [name for name in columns if not isinstance(row.get(name), str)]
+        if missing:
+            raise LayerProbeError(
+                f"Pair {index} has no text under {missing}; its columns are {list(row)}. Name those of the prompt, the "
+                "factual and the hallucinated answer by columns=."
+            )
+    return rows
 
 
 def _answer_tokens(prompt: str, answer: str, tokenizer, max_length: int) -> tuple[list[int], int]:
@@ -141,21 +160,28 @@ def _answer_tokens(prompt: str, answer: str, tokenizer, max_length: int) -> tupl
     return (before[-room:] if room else []) + ids, len(ids)
 
 
-def _measure(stack: LayerStack, sequences: list, eps: float, batch_size: int, pad: int) -> np.ndarray:
+def _measure(
+    stack: LayerStack, sequences: list, eps: float, batch_size: int, pad: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """`[sequences, layers, 4]` moments of the answers, and what they were measured on."""
     model = stack.model
-    moments = SequenceMoments(stack.num_layers, eps)
+    moments, fingerprint = SequenceMoments(stack.num_layers, eps), Fingerprint(model)
+    # Sequences of like length share a batch, so that little of it is padding.
+    order = np.argsort([len(ids) for ids, _ in sequences], kind="stable")
     with evaluating(model), LayerStream(stack, [moments]), torch.no_grad():
-        for start in progress(range(0, len(sequences), batch_size), desc="EAVSS", unit="batch"):
-            group = sequences[start : start + batch_size]
+        for start in progress(range(0, len(order), batch_size), desc="EAVSS", unit="batch"):
+            group = [sequences[i] for i in order[start : start + batch_size]]
             length = max(len(ids) for ids, _ in group)
             ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in group])
             lengths = torch.tensor([len(ids) for ids, _ in group])[:, None]
             answers = torch.tensor([answer for _, answer in group])[:, None]
             position = torch.arange(length)[None]
             moments.tokens = (position < lengths) & (position >= lengths - answers)
-            mask = (position < lengths).long()
-            model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-    return moments.moments()
+            batch = {"input_ids": ids, "attention_mask": (position < lengths).long()}
+            fingerprint.update(batch)
+            model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False)
+    used = {"tokens": sum(answer for _, answer in sequences), "fingerprint": fingerprint.hexdigest()}
+    return moments.moments()[np.argsort(order)], used
 
 
 def _differences(factual: np.ndarray, hallucinated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,60 @@
+"""How much attention and MLP turn the stream, each for itself (LLM-Drop, arXiv 2406.15786)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from ..activations import TokenMean
+from ..errors import LayerProbeError
+from ..precision import widest
+from .registry import register
+
+SOURCE = "sublayer influence, LLM-Drop, arXiv 2406.15786"
+
+
+class SublayerInfluence:
+    """1 − mean over tokens of cos(y, y + f), where the sublayer adds its output f to the stream y.
+
+    For attention y enters the layer; for the MLP y + f leaves it. That needs a layer which adds both outputs to the
+    stream as they are, x_out = x_in + attention + MLP, one after the other or side by side; whether it does is measured.
+    """
+
+    sites = ("attention", "mlp")
+
+    def __init__(self, num_layers: int):
+        self.cosines = {site: TokenMean(num_layers) for site in self.sites}
+        self.rest = TokenMean(num_layers)  # what the layer adds besides, in units of the stream and of its precision
+
+    def update(
+        self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None, **sites: torch.Tensor
+    ) -> None:
+        rounding = torch.finfo(after.dtype).eps
+        before, after, attention, mlp = (x.to(widest(x.device)) for x in (before, after, *sites.values()))
+        for site, one, other in (("attention", before, before + attention), ("mlp", after - mlp, after)):
+            self.cosines[site].update(layer, torch.cosine_similarity(one, other, dim=-1), mask)
+        rest, stream = (torch.linalg.vector_norm(x, dim=-1) for x in (after - before - attention - mlp, after))
+        self.rest.update(layer, rest / stream.clamp_min(torch.finfo(torch.float32).tiny) / rounding, mask)
+
+    def compute(self, site: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        others = np.flatnonzero(self.rest.mean() > 4).tolist()
+        if others:
+            raise LayerProbeError(
+                f"influence-{site} asks what the stream is without one sublayer, but layers {others} add something else to "
+                "the stream than the outputs of attention and MLP: a norm or a scale follows, or there is another "
+                "sublayer. 'influence' measures the whole layer."
+            )
+        return 1 - self.cosines[site].mean(), {}
+
+
+for _site in SublayerInfluence.sites:
+    register(
+        f"influence-{_site}",
+        SublayerInfluence,
+        read=partial(SublayerInfluence.compute, site=_site),
+        source=SOURCE,
+        higher_is_more_important=True,
+        needs_data=True,
+    )
