@@ -15,6 +15,7 @@ __all__ = [
     "LayerProbe",
     "LayerProbeCallback",
     "LayerProbeError",
+    "LayerProbeHistory",
     "LayerScores",
     "LayerStack",
     "PruningError",
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .callbacks import LayerProbeCallback
+    from .callbacks import LayerProbeCallback, LayerProbeHistory
     from .errors import HubError, LayerProbeError, PruningError
     from .evaluation import (
         Comparison,
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     from .surgery import prune_layers
 
 _HOMES = {
-    "callbacks": ("LayerProbeCallback",),
+    "callbacks": ("LayerProbeCallback", "LayerProbeHistory"),
     "errors": ("HubError", "LayerProbeError", "PruningError"),
     "evaluation": (
         "Comparison",

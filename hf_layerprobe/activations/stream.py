@@ -48,9 +48,11 @@ class LayerStream:
     Args:
         stack: The layers to watch; `None` for a stream that does nothing.
         accumulators: Who gets the activations.
-        guest: The passes are somebody else's: ignore those in training mode, and warn where a pass cannot be measured
-            instead of stopping it.
+        guest: The passes are somebody else's: take only those in evaluation mode (or, if `training` is set, in training
+            mode), and warn where a pass cannot be measured instead of stopping it.
     """
+
+    training = False
 
     def __init__(self, stack: LayerStack | None, accumulators: Sequence[Accumulator] = (), *, guest: bool = False):
         self.stack = stack
@@ -88,7 +90,7 @@ class LayerStream:
 
     def _before_pass(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self._end_pass()  # a pass that failed in another hook before the model ran has left its layer hooks
-        if self.stack is None or (self.guest and model.training):
+        if self.stack is None or (self.guest and model.training != self.training):
             return
         self._masks.begin(args, kwargs)
         self._taken: list[dict[str, list[torch.Tensor]]] = [{} for _ in self.stack.layers]

@@ -84,6 +84,8 @@ def docs_index(matches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[f
 
     All fits of one sample size are one batch.
     """
+    if not matches:
+        return []
     samples = [sample for pair in matches for sample in pair]
     locations, errors = torch.empty(2, len(samples), dtype=torch.float64)
     for size in {len(sample) for sample in samples}:

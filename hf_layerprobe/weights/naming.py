@@ -39,6 +39,8 @@ NAMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 # Model types whose fused query, key and value rows are packed in another way than their module's name says.
 OTHER_PACKING = {"gpt_bigcode": "heads", "codegen": "unknown"}
+# Where PEFT keeps the module that it has wrapped.
+_BASE_LAYER = re.compile(r"(\.base_layer)+$")
 _PATTERNS = tuple((re.compile(rf"(^|\.)({name})$"), kinds, packing) for name, kinds, packing in NAMES)
 
 
@@ -51,25 +53,31 @@ class NamedWeight:
         parameter: The parameter's name in that module.
         kinds: The kinds it holds, in storage order.
         packing: `"rows"`, `"heads"` or `"experts"`; see `NAMES`.
+        adapter: The PEFT layer around the owner, if there is one.
     """
 
     owner: nn.Module
     parameter: str
     kinds: tuple[str, ...]
     packing: str
+    adapter: nn.Module | None = None
 
 
 def find_modules(layer: nn.Module) -> list[NamedWeight]:
     """The named matrices of one layer, in module order."""
     found = []
     for name, parameter in layer.named_parameters():
-        is_matrix = parameter.dim() == 2 and name.endswith(".weight")
-        if not (is_matrix or parameter.dim() == 3) or CROSS_ATTENTION.search(name):
+        # Under ZeRO-3 parameters are empty, and have their shape in `ds_shape`.
+        dims = len(getattr(parameter, "ds_shape", parameter.shape))
+        is_matrix = dims == 2 and name.endswith(".weight")
+        if not (is_matrix or dims == 3) or CROSS_ATTENTION.search(name):
             continue
         owner, _, attribute = name.rpartition(".")
-        target = owner if is_matrix else name
+        wrapped = _BASE_LAYER.sub("", owner)
+        target = wrapped if is_matrix else f"{wrapped}.{attribute}"
         for pattern, kinds, packing in _PATTERNS:
             if pattern.search(target) and (packing == "experts") == (not is_matrix):
-                found.append(NamedWeight(layer.get_submodule(owner), attribute, kinds, packing))
+                adapter = layer.get_submodule(wrapped) if wrapped != owner else None
+                found.append(NamedWeight(layer.get_submodule(owner), attribute, kinds, packing, adapter))
                 break
     return found

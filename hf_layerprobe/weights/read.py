@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -13,6 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import LayerProbeError
 from ..stacks import LayerStack
 from .naming import KINDS, MLP_KINDS, OTHER_PACKING, NamedWeight, find_modules
+from .whole import base, merged, outline
+
+Read = Callable[[NamedWeight], torch.Tensor]
+READERS: dict[str, Read] = {"merged": merged, "base": base}
 
 
 class LiveWeights:
@@ -21,13 +25,16 @@ class LiveWeights:
     Args:
         stack: The layers to read.
         kinds: Some of `KINDS`; all that the model has by default.
+        adapters: In a PEFT model, `"merged"` reads what it computes with, each matrix with its active adapters merged
+            into a copy; `"base"` reads the weights below them.
 
     Raises:
         LayerProbeError: An unknown kind, or one that no layer has.
     """
 
-    def __init__(self, stack: LayerStack, kinds: Sequence[str] | None = None):
+    def __init__(self, stack: LayerStack, kinds: Sequence[str] | None = None, *, adapters: str = "merged"):
         self.stack = stack
+        self._read = READERS[adapters]
         self.config = getattr(stack.owner, "config", None)
         self.kinds = present_kinds(stack, kinds)
 
@@ -37,14 +44,14 @@ class LiveWeights:
         Raises:
             LayerProbeError: Weights that are not in memory, quantised, or not finite.
         """
-        parts = matrix_parts(self.stack.layers[layer], self.config, kind)
+        parts = matrix_parts(self.stack.layers[layer], self.config, kind, self._read)
         for part in parts:
             check_readable(part, f"the {kind} matrix of layer {layer} ({self.stack.path})")
         return parts
 
     def shapes(self, layer: int, kind: str) -> list[tuple[int, int]]:
         """The shapes of `parts`, without reading."""
-        return [tuple(part.shape) for part in matrix_parts(self.stack.layers[layer], self.config, kind)]
+        return [tuple(part.shape) for part in matrix_parts(self.stack.layers[layer], self.config, kind, outline)]
 
     def fingerprint(self) -> str:
         """SHA-256 of the model's class and config and of a few values of every matrix."""
@@ -52,7 +59,7 @@ class LiveWeights:
         digest.update(self.config.to_json_string().encode() if self.config is not None else b"")
         for layer in range(self.stack.num_layers):
             for kind in self.kinds:
-                for part in matrix_parts(self.stack.layers[layer], self.config, kind):
+                for part in matrix_parts(self.stack.layers[layer], self.config, kind, self._read):
                     digest.update(f"{layer} {kind} {part[0, :8].tolist()} {part[-1, -8:].tolist()}".encode())
         return digest.hexdigest()
 
@@ -118,17 +125,25 @@ def layer_matrices(layer: nn.Module, config: PreTrainedConfig | None = None) -> 
     return {kind: one_matrix(found, kind) for kind, found in parts.items() if found}
 
 
-def matrix_parts(layer: nn.Module, config: PreTrainedConfig | None, kind: str) -> list[torch.Tensor]:
+def matrix_parts(
+    layer: nn.Module, config: PreTrainedConfig | None, kind: str, read: Read = merged
+) -> list[torch.Tensor]:
     """The matrices of one kind in a layer: one for each expert of a mixture, shared experts last or first as stored.
 
+    Args:
+        layer: The layer.
+        config: Its model's config.
+        kind: One of `KINDS`.
+        read: What gives the tensor of a named weight.
+
     Raises:
-        LayerProbeError: Several attention matrices of that kind.
+        LayerProbeError: Several attention matrices of that kind, or weights that cannot be read.
     """
     parts = [
         part
         for weight in find_modules(layer)
         if kind in weight.kinds
-        for part in _split(weight, config)[weight.kinds.index(kind)]
+        for part in _split(weight, read(weight), config)[weight.kinds.index(kind)]
     ]
     if len(parts) > 1 and kind not in MLP_KINDS:
         raise LayerProbeError(
@@ -146,9 +161,8 @@ def one_matrix(parts: list[torch.Tensor], kind: str) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1 if kind == "down" else 0)
 
 
-def _split(weight: NamedWeight, config: PreTrainedConfig | None) -> list[list[torch.Tensor]]:
+def _split(weight: NamedWeight, tensor: torch.Tensor, config: PreTrainedConfig | None) -> list[list[torch.Tensor]]:
     """The [out, in] matrices inside one parameter, a list for each of `weight.kinds`."""
-    tensor = getattr(weight.owner, weight.parameter).detach()
     if weight.packing == "experts":
         return _split_experts(weight, tensor, config)
     if isinstance(weight.owner, Conv1D):  # stored as [in, out]

@@ -1,0 +1,109 @@
+"""Scores of activations from the forward passes that a Trainer makes anyway."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..activations import LayerStream
+from ..scores.registry import Score
+from ..stacks import LayerStack
+
+
+class Passes:
+    """Takes the passes of an evaluation, or of a training step.
+
+    A pass counts once the Trainer reports its batch. Of several evaluation passes before that (text generated for a
+    metric) only the last one counts, which is the one that gives the loss.
+
+    Args:
+        stack: The layers to watch.
+        scores: Name → a score of activations.
+    """
+
+    def __init__(self, stack: LayerStack, scores: Mapping[str, Score]):
+        self.stack = stack
+        self.scores = scores
+        self._stream = LayerStream(stack, [self], guest=True)
+        self.reset()
+
+    def reset(self) -> None:
+        self._counted = {name: score.make(self.stack.num_layers) for name, score in self.scores.items()}
+        self._latest: dict[str, Any] | None = None  # `_counted` and the latest pass
+        self.seen = self.missed = 0
+        self._loader: DataLoader | None = None
+
+    @contextmanager
+    def open(self, *, training: bool) -> Iterator[None]:
+        """Within the context, passes in that mode are taken; hooks are there for no longer."""
+        self.reset()
+        self._stream.training = training
+        with _eager(self.stack.model), self._stream:
+            yield
+
+    def update(self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
+        if layer == 0 or self._latest is None:
+            self._latest = copy.deepcopy(self._counted)  # a few numbers a layer
+        for accumulator in self._latest.values():
+            accumulator.update(layer, before, after, mask)
+
+    def count(self, loader: DataLoader | None = None) -> None:
+        """Takes the latest pass as a batch (of the evaluation over this loader)."""
+        if self._loader not in (None, loader):
+            self.reset()  # the evaluation before broke off
+        self._loader = loader
+        if self._latest is None:
+            self.missed += 1
+        else:
+            self._counted, self._latest = self._latest, None
+            self.seen += 1
+
+    def values(self) -> dict[str, np.ndarray]:
+        return {name: accumulator.compute()[0] for name, accumulator in self._counted.items()}
+
+
+def around(owner: Any, name: str, context: Callable[[], AbstractContextManager]) -> Callable[[], None]:
+    """Puts a context around every call of one object's method, so that what it opens is closed also on Ctrl-C.
+
+    A Trainer's events do not say that an evaluation is about to begin, nor that it, or a training step, broke off.
+
+    Args:
+        owner: The object; gets an attribute of the method's name.
+        name: The method.
+        context: A bound method; its object is not kept alive.
+
+    Returns:
+        What takes the context off again.
+    """
+    inner, opener = getattr(owner, name), weakref.WeakMethod(context)
+
+    @functools.wraps(inner)
+    def call(*args, **kwargs):
+        enter = opener()
+        with enter() if enter is not None else nullcontext():
+            return inner(*args, **kwargs)
+
+    def undo() -> None:
+        if vars(owner).get(name) is call:
+            delattr(owner, name) if getattr(inner, "__self__", None) is owner else setattr(owner, name, inner)
+
+    setattr(owner, name, call)
+    return undo
+
+
+def _eager(model: nn.Module) -> AbstractContextManager:
+    """Compiled graphs know no hooks that come later: within the context they rest, as they are, and modules run uncompiled."""
+    compiled = any(
+        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

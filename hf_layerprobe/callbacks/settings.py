@@ -1,0 +1,51 @@
+"""What the callback's arguments may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..errors import LayerProbeError
+from ..scores.registry import SCORES, Score, get_score
+from ..scores.run import ALIASES
+
+OF_WEIGHTS = ("docs", "drift")
+
+
+def activation_scores(names: Sequence[str]) -> dict[str, Score]:
+    """Those that are computed from activations, by the name that was asked for.
+
+    Raises:
+        LayerProbeError: No names, unknown ones, or scores that training does not change.
+    """
+    if not names:
+        raise LayerProbeError("LayerProbeCallback got no scores; pass some, for example scores=('avss', 'docs').")
+    found = {name: get_score(ALIASES.get(name, name)) for name in names if name not in OF_WEIGHTS}
+    unsuitable = [name for name, score in found.items() if not score.needs_data]
+    if unsuitable:
+        useful = ", ".join(sorted([*ALIASES, *OF_WEIGHTS, *(n for n, s in SCORES.items() if s.needs_data)]))
+        raise LayerProbeError(
+            f"LayerProbeCallback cannot log {', '.join(unsuitable)}: a fixed order of the layers, which training "
+            f"does not change. Scores that can be logged: {useful}."
+        )
+    return found
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Refuses what is not one of a few words.
+
+    Raises:
+        LayerProbeError: The message names them.
+    """
+    if value not in allowed:
+        raise LayerProbeError(f"{name} is {' or '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def check_number(name: str, value: Any, least: int) -> None:
+    """Refuses what is neither a number from `least` up nor `None`.
+
+    Raises:
+        LayerProbeError: It is neither.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < least):
+        raise LayerProbeError(f"{name} is a number from {least} up, or None; got {value!r}.")

@@ -1,0 +1,76 @@
+"""The whole tensor behind a parameter: gathered where it is sharded, with the adapter's share where there is one."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import LayerProbeError
+from .naming import NamedWeight
+
+
+def merged(weight: NamedWeight) -> torch.Tensor:
+    """The parameter that the model computes with: with its active adapters merged, if it has any.
+
+    Merging into the module and out of it again would not give back the same weights, so it is done in a copy.
+
+    Raises:
+        LayerProbeError: An adapter that cannot be merged, or a parameter that is partitioned.
+    """
+    if weight.adapter is None:
+        return base(weight)
+    module = copy.deepcopy(weight.adapter)
+    with torch.no_grad():
+        while hasattr(module, "base_layer"):
+            try:
+                module.merge()
+            except Exception as error:  # what a method of PEFT raises for what it cannot merge is its own affair
+                raise LayerProbeError(
+                    f"The {type(module).__name__} of {', '.join(weight.kinds)} cannot be merged on the fly "
+                    f"({type(error).__name__}: {error}). Read the weights below it with adapters='base'."
+                ) from error
+            module = module.base_layer
+    return gathered(getattr(module, weight.parameter))
+
+
+def base(weight: NamedWeight) -> torch.Tensor:
+    """The parameter itself, without adapters (unless they have been merged into it for good).
+
+    Raises:
+        LayerProbeError: A parameter that is partitioned.
+    """
+    return gathered(getattr(weight.owner, weight.parameter))
+
+
+def outline(weight: NamedWeight) -> torch.Tensor:
+    """A tensor of the whole parameter's shape without values; nothing is gathered."""
+    return torch.empty(full_shape(getattr(weight.owner, weight.parameter)), device="meta")
+
+
+def gathered(parameter: torch.Tensor) -> torch.Tensor:
+    """The whole of a parameter, detached. One sharded by FSDP2 or tensor parallelism is gathered by all its processes,
+    each of which has to ask for it.
+
+    Raises:
+        LayerProbeError: Partitioned in a way that only its own library can undo (DeepSpeed ZeRO-3).
+    """
+    if parameter.numel() == 0 and full_shape(parameter).numel():
+        raise LayerProbeError(
+            f"A weight of {list(full_shape(parameter))} has no values here: DeepSpeed ZeRO-3 has partitioned it. Scores of "
+            "activations work; for those of weights use ZeRO-2 or FSDP2, or read the saved checkpoint."
+        )
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether reading this module's parameters takes all processes."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter in whole. Under ZeRO-3 a parameter is empty and has its shape in `ds_shape`."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
