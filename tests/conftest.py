@@ -6,7 +6,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import tiny_model
+from training import rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_layerprobe.embedded import embedded_model, embedded_texts
@@ -41,3 +43,30 @@ def token_batches():
         mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
         batches.append({"input_ids": ids, "attention_mask": mask})
     return batches
+
+
+@pytest.fixture
+def make_trainer(tmp_path, monkeypatch):
+    """A Trainer: 8 rows, batches of 2, so that an epoch has 4 steps."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+
+    def build(*callbacks, model=None, evaluation=None, **arguments):
+        arguments = dict(max_steps=4, learning_rate=0.0, report_to="none", save_strategy="no") | arguments
+        args = TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            use_cpu=True,
+            disable_tqdm=True,
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=2,
+            seed=7,
+            **arguments,
+        )
+        return Trainer(
+            model if model is not None else tiny_model("llama"),
+            args,
+            train_dataset=rows(8, seed=1),
+            eval_dataset=rows(5, seed=2, padding=2) if evaluation is None else evaluation,
+            callbacks=list(callbacks),
+        )
+
+    return build

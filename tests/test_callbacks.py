@@ -10,75 +10,17 @@ import torch
 from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from training import AVSS, LAYERS, entries, expected, logged, model_hooks, rows, steps
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from hf_layerprobe import LayerProbeError, docs, score_layers
+from hf_layerprobe import LayerProbeError, docs
 from hf_layerprobe.activations.masks import TokenMasks
 from hf_layerprobe.callbacks import LayerProbeCallback
 
-LENGTH, LAYERS = 6, 4
-AVSS = [f"layerprobe/avss/layer_{i:02d}" for i in range(LAYERS)]
 
-
-def rows(count: int, seed: int, padding: int = 0) -> Dataset:
-    ids = np.random.default_rng(seed).integers(0, 64, (count, LENGTH))
-    mask = np.ones_like(ids)
-    mask[::2, LENGTH - padding :] = 0
-    labels = np.where(mask, ids, -100)
-    columns = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return Dataset.from_dict({name: array.tolist() for name, array in columns.items()})
-
-
-@pytest.fixture
-def make(tmp_path, monkeypatch):
-    """A Trainer: 8 rows, batches of 2, so that an epoch has 4 steps."""
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-
-    def build(*callbacks, model=None, evaluation=None, **arguments):
-        arguments = dict(max_steps=4, learning_rate=0.0, report_to="none", save_strategy="no") | arguments
-        args = TrainingArguments(
-            output_dir=str(tmp_path / "out"),
-            use_cpu=True,
-            disable_tqdm=True,
-            per_device_train_batch_size=2,
-            per_device_eval_batch_size=2,
-            seed=7,
-            **arguments,
-        )
-        return Trainer(
-            model if model is not None else tiny_model("llama"),
-            args,
-            train_dataset=rows(8, seed=1),
-            eval_dataset=rows(5, seed=2, padding=2) if evaluation is None else evaluation,
-            callbacks=list(callbacks),
-        )
-
-    return build
-
-
-def entries(trainer, part="layerprobe/"):
-    return [e for e in trainer.state.log_history if any(name.startswith(part) for name in e)]
-
-
-def steps(trainer, part):
-    return [e["step"] for e in entries(trainer, part)]
-
-
-def logged(entry, part="layerprobe/avss/"):
-    return [value for name, value in entry.items() if name.startswith(part)]
-
-
-def expected(trainer, by="avss", data=None):
-    return score_layers(trainer.model, list(trainer.get_eval_dataloader(data)), by=by).values
-
-
-def model_hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def test_an_entry_holds_the_scores_of_the_evaluation_batches(make):
+def test_an_entry_holds_the_scores_of_the_evaluation_batches(make_trainer):
     names = ("avss", "avss-published", "avss-released", "influence", "docs")
-    trainer = make(LayerProbeCallback(names), eval_strategy="steps", eval_steps=3)
+    trainer = make_trainer(LayerProbeCallback(names), eval_strategy="steps", eval_steps=3)
     trainer.train()
     assert [e["step"] for e in entries(trainer)] == [3, 4]
     similarity = docs(trainer.model)
@@ -97,7 +39,7 @@ def test_an_entry_holds_the_scores_of_the_evaluation_batches(make):
     json.dumps(trainer.state.log_history)
 
 
-def test_padding_does_not_count(make):
+def test_padding_does_not_count(make_trainer):
     """What stands at masked places changes no number; the same places unmasked do."""
 
     def run(ids_at_padding, masked):
@@ -105,7 +47,7 @@ def test_padding_does_not_count(make):
         for i in (0, 2):
             data["input_ids"][i][4:] = [ids_at_padding] * 2
             data["attention_mask"][i][4:] = [0 if masked else 1] * 2
-        trainer = make(LayerProbeCallback("avss"), evaluation=Dataset.from_dict(data))
+        trainer = make_trainer(LayerProbeCallback("avss"), evaluation=Dataset.from_dict(data))
         trainer.evaluate()
         return logged(entries(trainer)[0])
 
@@ -113,7 +55,7 @@ def test_padding_does_not_count(make):
     assert run(3, masked=False) != pytest.approx(run(40, masked=False), rel=1e-3)
 
 
-def test_trackers_get_the_numbers_and_printers_do_not(make, tmp_path, capsys):
+def test_trackers_get_the_numbers_and_printers_do_not(make_trainer, tmp_path, capsys):
     class Sees(TrainerCallback):
         logs = ()
 
@@ -124,7 +66,7 @@ def test_trackers_get_the_numbers_and_printers_do_not(make, tmp_path, capsys):
             self.should_log = control.should_log
 
     other = Sees()
-    trainer = make(
+    trainer = make_trainer(
         LayerProbeCallback(), other, eval_strategy="steps", eval_steps=2, report_to=["tensorboard"], logging_steps=1
     )
     trainer.train()
@@ -142,8 +84,8 @@ def test_trackers_get_the_numbers_and_printers_do_not(make, tmp_path, capsys):
     assert [e["step"] for e in trainer.state.log_history if "loss" in e] == [1, 2, 3, 4]
 
 
-def test_only_the_main_process_logs(make):
-    trainer = make(LayerProbeCallback(), eval_strategy="steps", eval_steps=2)
+def test_only_the_main_process_logs(make_trainer):
+    trainer = make_trainer(LayerProbeCallback(), eval_strategy="steps", eval_steps=2)
     trainer.is_world_process_zero = lambda: False
     trainer.state.is_world_process_zero = False
     trainer.train()
@@ -151,54 +93,54 @@ def test_only_the_main_process_logs(make):
     assert not entries(trainer)
 
 
-def test_every_epoch(make):
+def test_every_epoch(make_trainer):
     arguments = dict(eval_strategy="steps", eval_steps=3, max_steps=-1, num_train_epochs=2)
-    trainer = make(LayerProbeCallback(every="epoch"), **arguments)
+    trainer = make_trainer(LayerProbeCallback(every="epoch"), **arguments)
     trainer.train()
     # Evaluations at 3, 6 and 8 (the Trainer's own, at the end); epochs end at 4 and 8.
     assert steps(trainer, "layerprobe/docs/") == [4, 8]
     assert steps(trainer, "layerprobe/avss/") == [6, 8]
 
 
-def test_every_epoch_with_an_evaluation_an_epoch_and_an_epoch_cut_short(make):
-    trainer = make(LayerProbeCallback(every="epoch"), eval_strategy="epoch", max_steps=6)
+def test_every_epoch_with_an_evaluation_an_epoch_and_an_epoch_cut_short(make_trainer):
+    trainer = make_trainer(LayerProbeCallback(every="epoch"), eval_strategy="epoch", max_steps=6)
     trainer.train()
     assert steps(trainer, "layerprobe/docs/") == [4, 6]
     assert steps(trainer, "layerprobe/avss/") == [4, 6]
 
 
-def test_every_number_of_steps(make):
-    trainer = make(LayerProbeCallback(every=3), eval_strategy="steps", eval_steps=2, max_steps=10)
+def test_every_number_of_steps(make_trainer):
+    trainer = make_trainer(LayerProbeCallback(every=3), eval_strategy="steps", eval_steps=2, max_steps=10)
     trainer.train()
     # Evaluations at 2, 4, 6, 8, 10.
     assert steps(trainer, "layerprobe/docs/") == [3, 6, 9]
     assert steps(trainer, "layerprobe/avss/") == [4, 6, 10]
 
 
-def test_docs_needs_no_evaluation_and_activations_warn_without_one(make, caplog):
+def test_docs_needs_no_evaluation_and_activations_warn_without_one(make_trainer, caplog):
     logger = "hf_layerprobe.callbacks"
     with caplog.at_level("WARNING", logger):
-        trainer = make(LayerProbeCallback("docs", every=2, kinds=["v", "gate"]))
+        trainer = make_trainer(LayerProbeCallback("docs", every=2, kinds=["v", "gate"]))
         trainer.train()
     assert steps(trainer, "layerprobe/") == [2, 4]
     assert {name.split("/")[2] for name in entries(trainer)[0] if "/" in name} == {"v", "gate"}
     assert not caplog.records
     with caplog.at_level("WARNING", logger):
-        make(LayerProbeCallback("avss")).train()
+        make_trainer(LayerProbeCallback("avss")).train()
     assert "eval_strategy='no'" in caplog.text
 
 
-def test_docs_follows_the_weights(make):
-    trainer = make(LayerProbeCallback("docs", every=1), learning_rate=0.1, max_steps=2)
+def test_docs_follows_the_weights(make_trainer):
+    trainer = make_trainer(LayerProbeCallback("docs", every=1), learning_rate=0.1, max_steps=2)
     trainer.train()
     first, second = (logged(e, "layerprobe/docs/q/") for e in entries(trainer))
     assert first != second
     assert second[0] == pytest.approx(docs(trainer.model).mean_neighbour("q"))
 
 
-def test_evaluations_outside_training(make):
+def test_evaluations_outside_training(make_trainer):
     """Before and after train(), whatever `every` is, and with the weights of that moment."""
-    trainer = make(LayerProbeCallback(every=100), learning_rate=0.05, max_steps=2)
+    trainer = make_trainer(LayerProbeCallback(every=100), learning_rate=0.05, max_steps=2)
     trainer.evaluate()
     evaluation, first = trainer.state.log_history
     before = expected(trainer)
@@ -216,9 +158,9 @@ def test_evaluations_outside_training(make):
     assert all("layerprobe/docs/q/mean_neighbour" in entry for entry in (first, *others))
 
 
-def test_only_evaluation_batches_count(make):
+def test_only_evaluation_batches_count(make_trainer):
     """Neither predict(), nor the user's own passes, nor an evaluation that broke off, reach the next numbers."""
-    trainer = make(LayerProbeCallback("avss"))
+    trainer = make_trainer(LayerProbeCallback("avss"))
     ids = torch.arange(12).view(2, 6)
 
     class Breaks(TrainerCallback):
@@ -242,9 +184,9 @@ def test_only_evaluation_batches_count(make):
     assert logged(entries(trainer)[2]) == pytest.approx(expected(trainer).tolist(), rel=1e-6)
 
 
-def test_several_data_sets_are_told_apart(make):
+def test_several_data_sets_are_told_apart(make_trainer):
     sets = {"near": rows(4, seed=3), "far": rows(3, seed=4, padding=3)}
-    trainer = make(LayerProbeCallback(every=2), evaluation=sets, eval_strategy="steps", eval_steps=2)
+    trainer = make_trainer(LayerProbeCallback(every=2), evaluation=sets, eval_strategy="steps", eval_steps=2)
     trainer.train()
     assert steps(trainer, "layerprobe/avss/") == [2, 2, 4, 4]
     near, far = entries(trainer, "layerprobe/avss/")[:2]
@@ -257,21 +199,21 @@ def test_several_data_sets_are_told_apart(make):
     assert "layerprobe/avss/test/layer_00" in entries(trainer)[-1]
 
 
-def test_docs_once_a_step_for_several_data_sets(make):
+def test_docs_once_a_step_for_several_data_sets(make_trainer):
     sets = {"near": rows(2, seed=3), "far": rows(2, seed=4)}
-    trainer = make(LayerProbeCallback(), evaluation=sets, eval_strategy="steps", eval_steps=2)
+    trainer = make_trainer(LayerProbeCallback(), evaluation=sets, eval_strategy="steps", eval_steps=2)
     trainer.train()
     assert steps(trainer, "layerprobe/avss/") == [2, 2, 4, 4]
     assert steps(trainer, "layerprobe/docs/") == [2, 4]
 
 
-def test_added_later(make, caplog):
-    trainer = make(eval_strategy="steps", eval_steps=2)
+def test_added_later(make_trainer, caplog):
+    trainer = make_trainer(eval_strategy="steps", eval_steps=2)
     trainer.add_callback(LayerProbeCallback())
     trainer.train()
     assert steps(trainer, "layerprobe/avss/") == [2, 4]
 
-    trainer = make()
+    trainer = make_trainer()
     trainer.add_callback(LayerProbeCallback("avss"))
     with caplog.at_level("WARNING", "hf_layerprobe.callbacks"):
         trainer.evaluate()
@@ -280,14 +222,14 @@ def test_added_later(make, caplog):
     trainer.evaluate()
     assert logged(entries(trainer)[0]) == pytest.approx(expected(trainer).tolist(), rel=1e-6)
 
-    trainer, callback = make(), LayerProbeCallback("avss")
+    trainer, callback = make_trainer(), LayerProbeCallback("avss")
     trainer.add_callback(callback)
     callback.open(trainer)
     trainer.evaluate()
     assert logged(entries(trainer)[0]) == pytest.approx(expected(trainer).tolist(), rel=1e-6)
 
 
-def test_training_is_bit_identical(make):
+def test_training_is_bit_identical(make_trainer):
     def run(*callbacks):
         torch.manual_seed(0)
         # Dropout draws random numbers in every training pass: one drawn by the callback would show.
@@ -299,7 +241,7 @@ def test_training_is_bit_identical(make):
             vocab_size=64,
             attention_dropout=0.2,
         )
-        trainer = make(
+        trainer = make_trainer(
             *callbacks,
             model=LlamaForCausalLM(config),
             learning_rate=0.01,
@@ -319,7 +261,7 @@ def test_training_is_bit_identical(make):
     assert all(torch.equal(weights[name], weights_with[name]) for name in weights)
 
 
-def test_hooks_are_there_while_the_model_evaluates_and_no_longer(make):
+def test_hooks_are_there_while_the_model_evaluates_and_no_longer(make_trainer):
     between, within = [], {True: set(), False: set()}
 
     class Looks(TrainerCallback):
@@ -331,7 +273,7 @@ def test_hooks_are_there_while_the_model_evaluates_and_no_longer(make):
             within[True].add(model_hooks(model))
 
     callback = LayerProbeCallback()
-    trainer = make(callback, Looks(), Steps(), eval_strategy="steps", eval_steps=2)
+    trainer = make_trainer(callback, Looks(), Steps(), eval_strategy="steps", eval_steps=2)
     model = trainer.model
     assert model_hooks(model) == 0
     layer = model.model.layers[0]
@@ -349,8 +291,8 @@ def test_hooks_are_there_while_the_model_evaluates_and_no_longer(make):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("batches", ["evaluation", "training"])
-def test_no_hook_is_left_when_a_pass_breaks_off(make, error, batches):
-    trainer = make(LayerProbeCallback("avss", every=2, batches=batches), eval_strategy="steps", eval_steps=2)
+def test_no_hook_is_left_when_a_pass_breaks_off(make_trainer, error, batches):
+    trainer = make_trainer(LayerProbeCallback("avss", every=2, batches=batches), eval_strategy="steps", eval_steps=2)
     model = trainer.model
     seen = []
 
@@ -367,9 +309,9 @@ def test_no_hook_is_left_when_a_pass_breaks_off(make, error, batches):
     assert model_hooks(model) == 0
 
 
-def test_a_new_model_is_followed(make):
+def test_a_new_model_is_followed(make_trainer):
     """`model_init` gives train() another model than the one seen at the start."""
-    trainer = make(LayerProbeCallback(), eval_strategy="steps", eval_steps=2, learning_rate=0.01)
+    trainer = make_trainer(LayerProbeCallback(), eval_strategy="steps", eval_steps=2, learning_rate=0.01)
     old = trainer.model
     trainer.model_init = lambda: tiny_model("llama", seed=5)
     trainer.train()
@@ -378,8 +320,8 @@ def test_a_new_model_is_followed(make):
     assert logged(entries(trainer)[-1]) == pytest.approx(expected(trainer).tolist(), rel=1e-6)
 
 
-def test_the_model_can_be_copied_and_saved(make, tmp_path):
-    trainer = make(LayerProbeCallback())
+def test_the_model_can_be_copied_and_saved(make_trainer, tmp_path):
+    trainer = make_trainer(LayerProbeCallback())
     trainer.evaluate()
     copied = copy.deepcopy(trainer.model)
     buffer = io.BytesIO()
@@ -399,8 +341,8 @@ def test_the_model_can_be_copied_and_saved(make, tmp_path):
     assert logged(entries(trainer)[1]) == pytest.approx(expected(trainer).tolist(), rel=1e-6)
 
 
-def test_copies_and_files_made_during_an_evaluation_watch_nothing(make):
-    trainer = make(LayerProbeCallback())
+def test_copies_and_files_made_during_an_evaluation_watch_nothing(make_trainer):
+    trainer = make_trainer(LayerProbeCallback())
     copies = []
 
     class Copies(TrainerCallback):
@@ -420,25 +362,25 @@ def test_copies_and_files_made_during_an_evaluation_watch_nothing(make):
         assert not any(layer._forward_hooks for layer in other.model.layers)
 
 
-def test_padding_that_cannot_be_told_apart_does_not_stop_training(make, caplog, monkeypatch):
+def test_padding_that_cannot_be_told_apart_does_not_stop_training(make_trainer, caplog, monkeypatch):
     def refuse(_masks, _hidden):
         raise LayerProbeError("which of those are padding is unknown")
 
     monkeypatch.setattr(TokenMasks, "fit", refuse)
-    trainer = make(LayerProbeCallback("avss"))
+    trainer = make_trainer(LayerProbeCallback("avss"))
     with caplog.at_level("WARNING", "hf_layerprobe"):
         trainer.evaluate()
     assert not entries(trainer)
     assert "not measured: which of those" in caplog.text and "avss are not logged" in caplog.text
 
 
-def test_weights_gone_to_nan_do_not_stop_training(make, caplog):
+def test_weights_gone_to_nan_do_not_stop_training(make_trainer, caplog):
 
     class Ruins(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             model.model.layers[1].self_attn.q_proj.weight.data.fill_(torch.nan)
 
-    trainer = make(Ruins(), LayerProbeCallback(), eval_strategy="steps", eval_steps=2)
+    trainer = make_trainer(Ruins(), LayerProbeCallback(), eval_strategy="steps", eval_steps=2)
     with caplog.at_level("WARNING", "hf_layerprobe.callbacks"):
         trainer.train()
     assert trainer.state.global_step == 4
@@ -472,14 +414,14 @@ def test_refusals_at_construction(arguments, message):
         (dict(kinds=["x"]), "Unknown matrix kinds"),
     ],
 )
-def test_refusals_when_the_trainer_is_built(make, arguments, message):
+def test_refusals_when_the_trainer_is_built(make_trainer, arguments, message):
     with pytest.raises(LayerProbeError, match=message):
-        make(LayerProbeCallback(**arguments))
+        make_trainer(LayerProbeCallback(**arguments))
 
 
-def test_a_model_without_a_stack_is_refused(make):
+def test_a_model_without_a_stack_is_refused(make_trainer):
     class Flat(torch.nn.Linear):
         pass
 
     with pytest.raises(LayerProbeError, match="Flat has no repeated list of layers"):
-        make(LayerProbeCallback(), model=Flat(2, 2))
+        make_trainer(LayerProbeCallback(), model=Flat(2, 2))

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_callbacks import LAYERS, rows
 from tiny import tiny_model
+from training import LAYERS, rows
 from transformers import Trainer, TrainingArguments
 
 from hf_layerprobe import LayerProbeCallback
