@@ -40,6 +40,9 @@ def test_the_trainer_block(names):
     *lines, last = block.strip().splitlines()
     exec("\n".join(lines), names)
     assert len(eval(last.replace("layer_07", "layer_03"), names)) == 2
+    history = next(block for block in BLOCKS if "LayerProbeHistory" in block)
+    exec(history.replace("drift/norm", "docs/q"), names)
+    assert names["history"]["avss"].shape == (2, 4) and Path("history.png").is_file()
 
 
 def test_the_pruning_block(names, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import transformers as tf
 from tiny import FAMILIES, tiny_model
 
 from hf_layerprobe import LayerProbeError, find_stacks
-from hf_layerprobe.weights import layer_matrices, read_matrices
+from hf_layerprobe.weights import LiveWeights, layer_matrices, read_matrices
 
 GATED = {"llama", "qwen3", "gemma3", "mistral", "mixtral", "t5"}
 
@@ -188,3 +188,57 @@ def test_quantised_weights_are_refused():
     projection.weight = torch.nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(LayerProbeError, match=r"q matrix of layer 1.*quantised"):
         list(read_matrices(find_stacks(model)[0]))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_adapters_are_merged_on_the_fly(options):
+    from peft import LoraConfig, get_peft_model
+
+    plain = tiny_model("llama")
+    lora = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, **options)
+    model = get_peft_model(tiny_model("llama"), lora)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged, base = (LiveWeights(find_stacks(model)[0], adapters=adapters) for adapters in ("merged", "base"))
+    found = {kind: [side.parts(1, kind)[0].clone() for side in (merged, base)] for kind in ("q", "k", "up")}
+    assert merged.shapes(1, "up") == [(48, 32)]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    alone = layer_matrices(model.merge_and_unload().model.layers[1])
+    for kind, (with_adapter, without) in found.items():
+        torch.testing.assert_close(with_adapter, alone[kind])
+        assert torch.equal(without, layer_matrices(plain.model.layers[1])[kind])
+    assert not torch.equal(*found["q"]) and torch.equal(*found["k"])
+
+
+def test_adapters_of_experts_are_merged_on_the_fly():
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(tiny_model("mixtral"), LoraConfig(target_parameters=targets, init_lora_weights=False))
+    found = {k: m.clone() for k, m in layer_matrices(find_stacks(model)[0].layers[1], model.config).items()}
+    alone = layer_matrices(model.merge_and_unload().model.layers[1], model.config)
+    assert found.keys() == alone.keys()
+    for kind in alone:
+        torch.testing.assert_close(found[kind], alone[kind])
+
+
+def test_an_adapter_that_cannot_be_merged_is_named(monkeypatch):
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear
+
+    def refuses(self, *args, **kwargs):
+        raise ValueError("no")
+
+    monkeypatch.setattr(Linear, "merge", refuses)
+    model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(LayerProbeError, match="of q cannot be merged on the fly .ValueError: no.*adapters='base'"):
+        LiveWeights(find_stacks(model)[0]).parts(0, "q")
+
+
+def test_weights_partitioned_by_zero_3_are_refused_with_the_reason():
+    model = tiny_model("llama")
+    for parameter in model.parameters():  # as DeepSpeed leaves them: empty, the shape in an attribute
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    stack = find_stacks(model)[0]
+    assert LiveWeights(stack).shapes(0, "gate") == [(48, 32)]
+    with pytest.raises(LayerProbeError, match=r"A weight of \[32, 32\] has no values here: DeepSpeed ZeRO-3"):
+        next(read_matrices(stack))

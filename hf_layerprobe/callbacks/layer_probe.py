@@ -57,7 +57,7 @@ class LayerProbeCallback(TrainerCallback, ExportableState):
     no event precedes it; call [`open`] before.
 
     Args:
-        scores: Registered scores of activations (avss, avss-published, avss-released, influence), `"docs"`, and
+        scores: Registered scores of activations (avss, influence, angular, …; see [`score_layers`]), `"docs"`, and
             `"drift"`: each layer against its own start, by relative norm and by DOCS (our own definition).
         every: `"eval"`, `"epoch"`, a number of global steps, or a list of global steps.
         stack: Path of the stack; the main one by default.

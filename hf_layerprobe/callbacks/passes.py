@@ -33,11 +33,17 @@ class Passes:
     def __init__(self, stack: LayerStack, scores: Mapping[str, Score]):
         self.stack = stack
         self.scores = scores
-        self._stream = LayerStream(stack, [self], guest=True)
         self.reset()
+        self._stream = LayerStream(stack, [self], guest=True)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The activations inside layers that the scores ask for."""
+        return tuple(site for accumulator in self._counted.values() for site in getattr(accumulator, "sites", ()))
 
     def reset(self) -> None:
-        self._counted = {name: score.make(self.stack.num_layers) for name, score in self.scores.items()}
+        # Scores that read the same statistics share them.
+        self._counted = {score.make: score.make(self.stack.num_layers) for score in self.scores.values()}
         self._latest: dict[str, Any] | None = None  # `_counted` and the latest pass
         self.seen = self.missed = 0
         self._loader: DataLoader | None = None
@@ -50,11 +56,14 @@ class Passes:
         with _eager(self.stack.model), self._stream:
             yield
 
-    def update(self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def update(
+        self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None, **sites: torch.Tensor
+    ) -> None:
         if layer == 0 or self._latest is None:
             self._latest = copy.deepcopy(self._counted)  # a few numbers a layer
         for accumulator in self._latest.values():
-            accumulator.update(layer, before, after, mask)
+            wanted = {site: sites[site] for site in getattr(accumulator, "sites", ())}
+            accumulator.update(layer, before, after, mask, **wanted)
 
     def count(self, loader: DataLoader | None = None) -> None:
         """Takes the latest pass as a batch (of the evaluation over this loader)."""
@@ -68,7 +77,7 @@ class Passes:
             self.seen += 1
 
     def values(self) -> dict[str, np.ndarray]:
-        return {name: accumulator.compute()[0] for name, accumulator in self._counted.items()}
+        return {name: score.read(self._counted[score.make])[0] for name, score in self.scores.items()}
 
 
 def around(owner: Any, name: str, context: Callable[[], AbstractContextManager]) -> Callable[[], None]:

@@ -21,12 +21,12 @@ def activation_scores(names: Sequence[str]) -> dict[str, Score]:
     if not names:
         raise LayerProbeError("LayerProbeCallback got no scores; pass some, for example scores=('avss', 'docs').")
     found = {name: get_score(ALIASES.get(name, name)) for name in names if name not in OF_WEIGHTS}
-    unsuitable = [name for name, score in found.items() if not score.needs_data]
+    unsuitable = [name for name, score in found.items() if not score.streams]
     if unsuitable:
-        useful = ", ".join(sorted([*ALIASES, *OF_WEIGHTS, *(n for n, s in SCORES.items() if s.needs_data)]))
+        useful = ", ".join(sorted([*ALIASES, *OF_WEIGHTS, *(n for n, s in SCORES.items() if s.streams)]))
         raise LayerProbeError(
             f"LayerProbeCallback cannot log {', '.join(unsuitable)}: a fixed order of the layers, which training "
-            f"does not change. Scores that can be logged: {useful}."
+            f"does not change, or measured by runs of the model's own. Scores that can be logged: {useful}."
         )
     return found
 
