@@ -164,7 +164,7 @@ def _holds_matrices(layer: nn.Module) -> bool:
     """Whether the layer mixes features by matrices rather than by convolutions alone."""
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return any(
-        parameter.dim() >= 2
+        len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # under ZeRO-3 the parameter itself is empty
         for module in layer.modules()
         if not isinstance(module, convolutions)
         for parameter in module.parameters(recurse=False)
