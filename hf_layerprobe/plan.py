@@ -25,7 +25,7 @@ from .scores import LayerScores, score_layers
 from .scores.loss import check_causal, held_out_losses
 from .scores.registry import get_score
 from .stacks import LayerStack, resolve_stack
-from .stacks.admissible import expressible, least_worth
+from .stacks.admissible import expressible, first_admissible, least_worth
 from .weights.checksum import sign_checksum
 
 # What `by="auto"` measures against each other: cheap rules, each with its own blind spot.
@@ -273,6 +273,8 @@ def _least_important(stack: LayerStack, scores: LayerScores, number: int) -> tup
     lowest = scores.least_important(number)
     if not isinstance(stack.model, PreTrainedModel):  # scores can be had of anything, and plans for it made by hand
         return lowest, ""
+    if blocks := scores.blocks(number):
+        return first_admissible(stack, blocks)
     return least_worth(stack, scores.importance, number)
 
 

@@ -11,7 +11,7 @@ from tiny import FAMILIES, GQA, redrawn, tiny_model
 from hf_layerprobe import PruningError, PruningPlan, find_stacks, plan_pruning, prune_layers
 from hf_layerprobe.scores import LayerScores
 from hf_layerprobe.stacks import admissible, bypassed, edit
-from hf_layerprobe.stacks.admissible import least_worth
+from hf_layerprobe.stacks.admissible import first_admissible, least_worth
 
 SIX = {**GQA, "num_hidden_layers": 6}
 
@@ -107,6 +107,15 @@ def test_a_plan_can_be_carried_out(caplog):
     stack.check(i for i in range(6) if i not in removed)
     assert note.startswith("layers [0, 2] are worth least, but cannot go together")
     assert least_worth(stack, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], 2) == ([0, 1], "")
+
+
+def test_the_first_proposal_that_can_be_carried_out():
+    stack = find_stacks(on_meta(modernbert))[0]
+    assert first_admissible(stack, [[3, 4], [0, 1]]) == ([3, 4], "")
+    found, note = first_admissible(stack, [[0, 1], [3, 4]])
+    assert found == [3, 4] and note.startswith("layers [0, 1] cannot go together: ")
+    with pytest.raises(PruningError, match=r"cannot lose layers \[0, 1\]"):
+        first_admissible(stack, [[0, 1], [0, 2]])
 
 
 def test_the_choice_is_the_best_of_all_that_can_go():

@@ -53,10 +53,19 @@ class LayerScores:
         if np.isnan(self.values).any():
             bad = np.flatnonzero(np.isnan(self.values)).tolist()
             raise LayerProbeError(f"The score {self.name!r} is NaN for layers {bad}; it cannot rank them.")
-        if number and "distances" in self.details:
-            start = int(np.diagonal(self.details["distances"], offset=number).argmin())
-            return list(range(start, start + number))
+        if blocks := self.blocks(number):
+            return blocks[0]
         return sorted(np.argsort(self.importance, kind="stable")[:number].tolist())
+
+    def blocks(self, number: int) -> list[list[int]]:
+        """The blocks of `number` layers that follow each other, those with the closest ends first.
+
+        Empty for a score that rates single layers.
+        """
+        if "distances" not in self.details:
+            return []
+        starts = np.argsort(np.diagonal(self.details["distances"], offset=number), kind="stable").tolist()
+        return [list(range(start, start + number)) for start in starts]
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -63,6 +63,29 @@ def least_worth(stack: LayerStack, worth: Sequence[float], number: int) -> tuple
     return chosen, f"layers {lowest} are worth least, but cannot go together: {refusal.reason}"
 
 
+def first_admissible(stack: LayerStack, proposals: Sequence[Sequence[int]]) -> tuple[list[int], str]:
+    """The first of several sets of layers to remove that the model can express.
+
+    Args:
+        stack: The stack.
+        proposals: The sets, the best first.
+
+    Returns:
+        Its indices, ascending, and why it is not the first one; an empty text where it is.
+
+    Raises:
+        PruningError: The model can express none of them; the message is about the first.
+    """
+    first = None
+    for removed in proposals:
+        keep = [i for i in range(stack.num_layers) if i not in removed]
+        refusal = _refusal(stack, keep)
+        if refusal is None:
+            return list(removed), f"layers {list(proposals[0])} cannot go together: {first[1].reason}" if first else ""
+        first = first or (keep, refusal)
+    raise _explained(stack, *first)
+
+
 def _refusal(stack: LayerStack, keep: Sequence[int]) -> Refusal | None:
     try:
         edit_stacks({stack: keep})
