@@ -260,8 +260,8 @@ def _plan_one(
         candidates=candidates,
         note=note,
         model={
-            "class": type(model).__name__,
-            "model_type": getattr(getattr(model, "config", None), "model_type", ""),
+            "class": type(stack.model).__name__,
+            "model_type": getattr(getattr(stack.model, "config", None), "model_type", ""),
             "checksum": sign_checksum(stack) or "",
         },
         versions={name: version(name) for name in ("hf-layerprobe", "transformers", "torch")},

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from loopback_hub import card_errors
+from peft import LoraConfig, get_peft_model
 from test_cli import TEXTS, run
 from test_hub import TOKEN, hub, store  # noqa: F401
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
@@ -97,6 +98,16 @@ def test_a_vision_model_without_scores(tmp_path):
     assert "ViTForImageClassification.from_pretrained" in content and "AutoTokenizer" not in content
     assert "None: the layers were chosen without running the model" in content and "## Scores" not in content
     assert "pipeline_tag" not in metadata(content) and "base_model_relation" not in content
+
+
+def test_several_stacks_and_adapters(tmp_path):
+    model = get_peft_model(tiny_model("t5"), LoraConfig(target_modules=["q"]))
+    prune_layers(model, remove={"encoder.block": [1], "decoder.block": [2, 3]}, output_dir=tmp_path / "out")
+    content = (tmp_path / "out" / "README.md").read_text()
+    assert card_errors(content) == [] and "adapters/default" in content
+    assert "with 3 of the 4 layers in `encoder.block` and 3 of the 5 layers in `decoder.block`" in content
+    rows = numbers(content)
+    assert ["removed (`encoder.block`)", "1"] in rows and ["kept (`decoder.block`)", "0, 1, 4"] in rows
 
 
 def test_results_are_a_model_index(auto, tmp_path):

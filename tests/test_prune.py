@@ -255,9 +255,8 @@ def broken(kind):
         ("offloaded", "weights on the meta device"),
         ("nan", "gives NaN or infinite outputs"),
         ("quantised", "is quantised"),
-        ("peft", "Merge a PEFT adapter first"),
         ("adapter", "adapters injected"),
-        ("module", "expects a transformers PreTrainedModel, got ModuleList"),
+        ("module", "expects a transformers PreTrainedModel or a PeftModel, got ModuleList"),
     ],
 )
 def test_models_that_cannot_be_pruned(kind, message, tmp_path):

@@ -64,10 +64,14 @@ def model_card(
 def write_card(folder: Path, original: PreTrainedModel, repo_id: str | None = None) -> None:
     """Writes the card, and the figure in it, into the folder of a pruned model that has its plan already."""
     plan = PruningPlan.load(folder)
-    if plan.scores:
-        scores = {**plan.scores, "values": np.array(plan.scores["values"], dtype=float), "details": {}}
+    scores = [
+        LayerScores(**{**part.scores, "values": np.array(part.scores["values"], dtype=float), "details": {}})
+        for part in plan.parts
+        if part.scores
+    ]
+    if scores:
         (folder / FIGURE).parent.mkdir(exist_ok=True)
-        depth_plot([LayerScores(**scores)], folder / FIGURE)
+        depth_plot(scores, folder / FIGURE)
     base_model, inherited = _origin(original)
     inherited.tags = None  # what others say of the original (a format, a library) need not hold for this model
     write_atomically(folder / CARD, str(_render(folder, plan, inherited, base_model, {}, repo_id)))
@@ -107,7 +111,8 @@ def _render(
     class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures", ["the model"])[0]
     is_causal = class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     base = base_model if isinstance(base_model, str) else None
-    title = f"{base.split('/')[-1] if base else class_name}, {len(plan.keep)} of {plan.num_layers} layers"
+    counts = sum(len(part.keep) for part in plan.parts), sum(part.num_layers for part in plan.parts)
+    title = f"{base.split('/')[-1] if base else class_name}, {counts[0]} of {counts[1]} layers"
     carried = {name: inherited.get(name) for name in INHERITED if inherited.get(name) is not None}
     if base_model:
         # The Hub knows finetune, adapter, merge and quantized; other weights of the same kind are listed as the first.
@@ -128,15 +133,14 @@ def _render(
         auto_class="AutoModelForCausalLM" if is_causal else class_name,
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
         repo_id=repo_id,
-        rule=_rule(plan),
+        parts=plan.parts,
+        rules=[_rule(part) for part in plan.parts],
+        adapters=sorted(path.name for path in (folder / "adapters").glob("*")),
         checksum=plan.checksum(),
         figure=FIGURE if (folder / FIGURE).is_file() else None,
         calibration=plan.scores.get("data"),
         results=measured,
-        **{
-            name: getattr(plan, name)
-            for name in ("stack", "num_layers", "remove", "keep", "scores", "candidates", "versions")
-        },
+        versions=plan.versions,
     )
 
 
@@ -144,7 +148,8 @@ def _rule(plan: PruningPlan) -> str:
     if plan.by == "explicit":
         return "hand"
     source = f"`{plan.scores.get('name', plan.by)}` ({plan.scores.get('source', 'unknown')})"
-    return f"{source}, the best of several plans" if plan.by == "auto" else source
+    source = f"{source}, the best of several plans" if plan.by == "auto" else source
+    return f"{source}; {plan.note}" if plan.note else source
 
 
 @dataclass(frozen=True)

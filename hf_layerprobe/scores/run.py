@@ -11,6 +11,7 @@ from torch import nn
 from ..activations import batches, run_pass
 from ..errors import LayerProbeError
 from ..stacks import LayerStack, resolve_stack
+from ..stacks.adapters import learns_prompts
 from .registry import Score, get_score
 from .results import LayerScores
 
@@ -90,6 +91,11 @@ def score_layers(
             wanting = [name for name, score in zip(names, scores, strict=True) if score.needs_data]
             raise LayerProbeError(
                 f"{', '.join(wanting)}: measured on activations, so data is needed (data=, tokenizer=)."
+            )
+        if learns_prompts(model):
+            raise LayerProbeError(
+                "This PeftModel puts virtual tokens before the input, outside of the model whose layers are scored, so the layers "
+                "would not see what they see in use. Score the layers of `model.get_base_model()`."
             )
         rows = batches(
             data, model, tokenizer, batch_size=batch_size, max_length=max_length, pack=pack, max_tokens=max_tokens

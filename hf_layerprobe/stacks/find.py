@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import LayerProbeError
+from .adapters import base_of
 from .admissible import check
 from .bind import ConfigBinding, bind
 
@@ -96,13 +97,14 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
     sequence-to-sequence model before its decoder, the language model of a vision-language model before its towers.
 
     Args:
-        model: Any `PreTrainedModel`, or a module that wraps one.
+        model: Any `PreTrainedModel`, or a module that wraps one; of a `PeftModel`, the stacks are those of the model in it.
 
     Returns:
         The stacks; an empty list for a model that has none (one shared layer, as in ALBERT, is not a stack).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"find_stacks expects a model (torch.nn.Module), got {type(model).__name__}.")
+    model = base_of(model)
     found = [path for path, module in _outermost_lists(model) if _is_stack(module)]
     named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     hinted = [

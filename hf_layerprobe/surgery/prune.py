@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import LayerProbeError, PruningError
@@ -14,12 +15,17 @@ from ..hub import check_push, push_model
 from ..loading import load_model
 from ..plan import PruningPlan, plan_pruning, refuse_options
 from ..stacks import LayerStack, resolve_stack
+from ..stacks.adapters import base_of, is_peft_model
+from .adapters import check_adapters, each_adapter, load_adapters, save_adapters, with_adapters, without_adapters
 from .build import build_pruned, own_tensors
 from .gate import verify as verify_pruned
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 def prune_layers(
-    model: PreTrainedModel | str | Path,
+    model: PreTrainedModel | PeftModel | str | Path,
     plan: PruningPlan | None = None,
     *,
     remove: Iterable[int] | Mapping[str, Iterable[int]] | None = None,
@@ -39,11 +45,12 @@ def prune_layers(
     verify: bool = True,
     repair: None = None,
     **options: Any,
-) -> PreTrainedModel:
+) -> PreTrainedModel | PeftModel:
     """Removes layers and returns a smaller, plain model of the same class; the given model is left as it was.
 
     Args:
-        model: A model, or a folder or Hub id to load one from.
+        model: A model, or a folder or Hub id to load one from. The adapters of a `PeftModel` go along with their layers, into
+            `output_dir/adapters/NAME`; those that are part of the model (`merge_and_unload()`) are pruned with it.
         plan: A plan from [`plan_pruning`]; else the arguments of that function say what to remove.
         remove: Layers to remove (0-based), or a dict of them by stack: `{"encoder.block": [1], "decoder.block": [2]}`.
         keep: Layers to keep (0-based), or a dict of them.
@@ -104,24 +111,34 @@ def prune_layers(
         given = {"by": by if by != "auto" else None, "data": data, "stack": stack}
         given = {name: value for name, value in given.items() if value is not None}
         refuse_options({**given, **options}, "the plan says what to remove")
+    adapted = model if is_peft_model(model) else None
+    plain = without_adapters(adapted) if adapted else model
     kept, removed = {}, {}
     for part in plan.parts:
         found = resolve_stack(model, part.stack)
         part.check_fits(found)
-        kept[found], removed[found] = part.keep, part.remove
+        kept[resolve_stack(plain, part.stack)], removed[found] = part.keep, part.remove
     pruned = build_pruned(kept)
     if output_dir is None:
+        pruned = with_adapters(adapted, pruned, kept) if adapted else pruned
         if verify:
-            verify_pruned(removed, pruned)
+            _verify(adapted, removed, pruned)
     else:
         from ..report import write_card  # the last room: it stands behind this one, and matplotlib is slow to import
 
         with new_folder(Path(output_dir)) as folder:
             _save(pruned, folder, plan, tokenizer)
-            write_card(folder, model, repo_id)
+            if adapted:
+                pruned = with_adapters(adapted, pruned, kept)
+                save_adapters(pruned, folder, repo_id)
+            write_card(folder, plain, repo_id)
             if verify:
-                reloaded = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True)
-                verify_pruned(removed, reloaded.to(model.device))
+                reloaded = (
+                    type(plain).from_pretrained(folder, dtype=plain.dtype, local_files_only=True).to(plain.device)
+                )
+                if adapted:
+                    reloaded = load_adapters(reloaded, folder, list(adapted.peft_config))
+                _verify(adapted, removed, reloaded)
                 del reloaded
     own_tensors(pruned)
     if push_to_hub:
@@ -132,18 +149,26 @@ def prune_layers(
     return pruned
 
 
+def _verify(adapted: PeftModel | None, removed: Mapping[LayerStack, Sequence[int]], pruned: nn.Module) -> None:
+    """The gate, for each adapter in turn if there are some."""
+    if adapted is None:
+        return verify_pruned(removed, pruned)
+    for _ in each_adapter(adapted, pruned):
+        verify_pruned(removed, base_of(pruned))
+
+
 def check_prunable(model: Any) -> None:
     """Refuses what cannot be pruned whatever the plan is, before any heavy work.
 
     Raises:
-        PruningError: Not a `PreTrainedModel`, weights not in memory, quantised weights, or injected adapters.
+        PruningError: Not a `PreTrainedModel`, weights not in memory, quantised weights, or adapters that cannot go along.
     """
+    if is_peft_model(model):
+        check_adapters(model)
+        model = base_of(model)
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise PruningError(
-            f"prune_layers expects a transformers PreTrainedModel, got {name}. Merge a PEFT adapter first "
-            "(`model = model.merge_and_unload()`)."
-        )
+        raise PruningError(f"prune_layers expects a transformers PreTrainedModel or a PeftModel, got {name}.")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise PruningError(
             f"{name} has weights on the meta device (offloaded to disk or CPU by a device_map, or built without weights). "

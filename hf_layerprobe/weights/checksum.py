@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from ..stacks import LayerStack
+from ..stacks.adapters import base_modules
 
 # Signs read from each matrix: enough to see that a model was trained further, few enough for any size.
 SIGNS = 65_536
 
 
 def sign_checksum(stack: LayerStack) -> str | None:
-    """SHA-256 of the signs of the first values of every matrix in a stack (our own definition).
+    """SHA-256 of the signs of the first values of every matrix in a stack, adapters aside (our own definition).
 
     Signs survive a cast between floating-point types, down to those of values that round to zero.
 
@@ -22,7 +23,12 @@ def sign_checksum(stack: LayerStack) -> str | None:
         The checksum; None where weights are not in memory or not plain floating point (offloaded, quantised).
     """
     digest = hashlib.sha256()
-    for name, parameter in stack.layers.named_parameters():
+    named = (
+        (f"{path}.{name}", parameter)
+        for path, module, _ in base_modules(stack.layers)
+        for name, parameter in module.named_parameters(recurse=False)
+    )
+    for name, parameter in named:
         if parameter.dim() < 2:
             continue
         values = parameter.detach()
