@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers as tf
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, redrawn, tiny_model
 
-from hf_layerprobe import LayerProbeError, find_stacks
+from hf_layerprobe import LayerProbeError, PruningError, find_stacks, prune_layers
 from hf_layerprobe.stacks import bypassed, resolve_stack
 
 # family → (path, number of layers, config field) of every stack, in order
@@ -112,3 +112,67 @@ def test_bypassing_every_layer_leaves_the_embeddings(family, token_batches):
             found = body(**token_batches[0]).last_hidden_state
         torch.testing.assert_close(found, final_norm(body.get_input_embeddings()(token_batches[0]["input_ids"])))
         assert not torch.allclose(body(**token_batches[0]).last_hidden_state, found)
+
+
+def swin():
+    config = tf.SwinConfig(
+        image_size=32, patch_size=2, embed_dim=8, depths=[2, 4], num_heads=[2, 4], window_size=4, hidden_size=16
+    )
+    return redrawn(tf.SwinForImageClassification(config))
+
+
+def test_the_stages_of_a_pyramid_are_stacks():
+    model = swin()
+    stacks = find_stacks(model)
+    assert [(s.path, s.num_layers, s.config_path) for s in stacks] == [
+        ("swin.encoder.layers.0.blocks", 2, "depths[0]"),
+        ("swin.encoder.layers.1.blocks", 4, "depths[1]"),
+    ]
+    pruned = prune_layers(model, remove={stacks[0].path: [1], stacks[1].path: [1, 2]})
+    assert list(pruned.config.depths) == [1, 2]
+    with pytest.raises(
+        PruningError, match="shift_size: 0 becomes 2.*repeats every 2 layers|repeats every 2 layers.*shift_size"
+    ):
+        stacks[1].check([0, 2, 3])
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_one_field_that_drives_several_lists(part):
+    """XLM keeps attention, MLP and norms in lists of their own."""
+    config = tf.XLMConfig(emb_dim=32, n_layers=4, n_heads=4, n_words=64, max_position_embeddings=64, dropout=0.0)
+    model = redrawn(tf.XLMWithLMHeadModel(config))
+    stack = find_stacks(model)[part]
+    paths = {f"transformer.{name}" for name in ("attentions", "ffns", "layer_norm1", "layer_norm2")}
+    assert {stack.path, *(sibling.path for sibling in stack.siblings)} == paths
+    pruned = prune_layers(model, remove=[0, 2], stack=stack)
+    assert pruned.config.n_layers == 2 and len(pruned.transformer.layer_norm1) == 2
+    with pytest.raises(PruningError, match="n_layers sets the length of .* so they lose the same layers"):
+        prune_layers(model, remove={"transformer.attentions": [1], "transformer.ffns": [2]})
+    prune_layers(model, remove={"transformer.attentions": [1], "transformer.ffns": [1]})
+
+
+def test_a_list_whose_length_is_the_number_of_layers():
+    kinds = ["mamba", "full_attention", "mlp", "mamba"]
+    config = tf.NemotronHConfig(
+        hidden_size=32, intermediate_size=48, layers_block_type=kinds, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=64, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=2, chunk_size=8,
+    )  # fmt: skip
+    stack = find_stacks(tf.NemotronHForCausalLM(config))[0]
+    assert stack.config_path == "layers_block_type"
+    kept = prune_layers(stack.model, remove=[0], verify=False).config.layers_block_type
+    assert kept == config.layers_block_type[1:]
+
+
+def test_both_streams_of_a_layer_are_bypassed():
+    """LiLT passes text and layout on side by side, LXMERT language and vision."""
+    config = tf.LiltConfig(
+        hidden_size=48, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=64,
+        channel_shrink_ratio=2, max_2d_position_embeddings=32,
+    )  # fmt: skip
+    model = redrawn(tf.LiltModel(config))
+    stack = find_stacks(model)[0]
+    inputs = dict(input_ids=torch.tensor([[5, 6, 7]]), bbox=torch.ones((1, 3, 4), dtype=torch.long))
+    pruned = prune_layers(model, remove=[0], verify=False)
+    with torch.no_grad(), bypassed(stack, [0]):
+        expected = model(**inputs).last_hidden_state
+    torch.testing.assert_close(pruned(**inputs).last_hidden_state, expected)

@@ -8,9 +8,8 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .find import LayerStack
+from .find import LayerStack, find_stacks
 
 STREAM_NAMES = ("hidden_states", "hidden_state", "prev_attn_output")
 
@@ -38,7 +37,11 @@ def bypassed(stack: LayerStack, layers: Iterable[int]) -> Iterator[set[int]]:
         The bypassed layers that have run so far.
     """
     layers, ran = list(layers), set()
-    lists = [stack.layers, *(sibling.layers for sibling in stack.siblings)]
+    siblings = stack.siblings
+    lists = [stack.layers, *(sibling.layers for sibling in siblings)]
+    # Lists of layers pass a stream on; of others (prediction heads) what they add is left out.
+    stacks = {each.path for each in find_stacks(stack.model)} if siblings else {stack.path}
+    passing = [stack.layers, *(sibling.layers for sibling in siblings if sibling.path in stacks)]
     # Where norms are a list of their own, the residual connection is outside of the modules.
     is_parts = any(isinstance(each[0], nn.LayerNorm) for each in lists)
 
@@ -58,7 +61,7 @@ def bypassed(stack: LayerStack, layers: Iterable[int]) -> Iterator[set[int]]:
     handles = []
     for modules in lists:
         for i in layers:
-            if isinstance(modules[i], nn.LayerNorm) or (_is_layer(modules, stack) and not is_parts):
+            if isinstance(modules[i], nn.LayerNorm) or (any(modules is each for each in passing) and not is_parts):
                 hook = modules[i].register_forward_hook(partial(hand_on, i), with_kwargs=True, prepend=True)
             else:
                 hook = modules[i].register_forward_hook(partial(add_nothing, i), prepend=True)
@@ -68,11 +71,6 @@ def bypassed(stack: LayerStack, layers: Iterable[int]) -> Iterator[set[int]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _is_layer(modules: nn.ModuleList, stack: LayerStack) -> bool:
-    """Whether a list holds layers that pass a stream on, rather than heads or other parts beside them."""
-    return modules is stack.layers or isinstance(modules[0], (GradientCheckpointingLayer, type(stack.layers[0])))
 
 
 def _continued(output, inputs: list):

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import PruningError
 from .refusal import Refusal
-from .taps import TAPS, tap_edits
+from .taps import TAPS, nodes, tap_edits
 
 if TYPE_CHECKING:
     from .bind import ConfigBinding
@@ -130,9 +130,16 @@ def edited_config(
         path.write_text(json.dumps(saved), encoding="utf-8")
         edited = type(config).from_pretrained(folder)
     edited.name_or_path = config.name_or_path
-    edited._attn_implementation = config._attn_implementation
+    for names, inner in nodes(config):  # outer ones first: theirs is handed down, also to parts that do not support it
+        _at(edited, names)._attn_implementation = inner._attn_implementation
     _check_lists(binding.config_node(edited), node, own, num_layers)
     return edited
+
+
+def _at(config: PreTrainedConfig, names: Sequence[str]) -> PreTrainedConfig:
+    for name in names:
+        config = getattr(config, name)
+    return config
 
 
 def _check_lists(edited: PreTrainedConfig, node: PreTrainedConfig, written: dict[str, Any], num_layers: int) -> None:

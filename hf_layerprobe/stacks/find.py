@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import LayerProbeError
 from .adapters import base_of
 from .admissible import check
-from .bind import ConfigBinding, bind
+from .bind import COUNT_NAME, ConfigBinding, bind
+from .taps import nodes
 
 
 @dataclass(eq=False)
@@ -105,7 +106,7 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"find_stacks expects a model (torch.nn.Module), got {type(model).__name__}.")
     model = base_of(model)
-    found = [path for path, module in _outermost_lists(model) if _is_stack(module)]
+    found = [path for path, module in _outermost_lists(model, _stage_sizes(model)) if _is_stack(module)]
     named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     hinted = [
         path
@@ -141,15 +142,37 @@ def resolve_stack(model: nn.Module, stack: str | LayerStack | None = None) -> La
     raise LayerProbeError(f"{type(model).__name__} has no stack {stack!r}; its stacks are {known}.")
 
 
-def _outermost_lists(module: nn.Module, prefix: str = ""):
-    """Every `ModuleList` path that is not inside a stack already found."""
+def _outermost_lists(module: nn.Module, stage_sizes: set[tuple[int, ...]], prefix: str = ""):
+    """Every `ModuleList` path that is not inside a stack already found; the stages of a pyramid are no stack."""
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
-        if isinstance(child, nn.ModuleList):
+        if isinstance(child, nn.ModuleList) and not _are_stages(child, stage_sizes):
             yield path, child
             if _is_stack(child):
                 continue
-        yield from _outermost_lists(child, path)
+        yield from _outermost_lists(child, stage_sizes, path)
+
+
+def _stage_sizes(model: nn.Module) -> set[tuple[int, ...]]:
+    """Numbers of layers of the stages of every pyramid that the config describes, such as (2, 2, 6, 2)."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return set()
+    return {
+        tuple(value)
+        for _, node in nodes(config)
+        for name, value in vars(node).items()
+        if COUNT_NAME.search(name) and isinstance(value, (list, tuple)) and value and {type(n) for n in value} == {int}
+    }
+
+
+def _are_stages(modules: nn.ModuleList, stage_sizes: set[tuple[int, ...]]) -> bool:
+    """Whether a list holds stages, each with a list of layers of the length that the config gives it."""
+    inner = [[len(each) for each in stage.children() if isinstance(each, nn.ModuleList)] for stage in modules]
+    return any(
+        len(sizes) == len(inner) and all(size in lengths for size, lengths in zip(sizes, inner, strict=True))
+        for sizes in stage_sizes
+    )
 
 
 def _is_stack(layers: nn.Module) -> bool:

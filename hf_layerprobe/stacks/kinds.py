@@ -14,8 +14,10 @@ from torch import nn
 
 # Where a layer stands, which is meant to change: mostly the slot of its cache.
 INDEX = re.compile(r"(^|_)(layer|block)_?(idx|id|index|number|num)$|^idx$|^index$")
-# Rates of dropout and stochastic depth, often growing with depth; without effect after training.
-DROPOUT = re.compile(r"drop|prob")
+# Dropout, stochastic depth and seeds of random masks, which often change with depth; without effect after training.
+DROPOUT = re.compile(r"drop|prob|^seed$")
+# The number of all layers, told to each.
+COUNT = re.compile(r"^(num|n)_(hidden_)?layers?$")
 
 Kind = dict[str, Hashable]
 
@@ -40,6 +42,8 @@ def settings_elsewhere(model: nn.Module, paths: Sequence[str]) -> Kind:
 def _kind(layer: nn.Module) -> Kind:
     kind: Kind = {}
     for name, module in layer.named_modules():
+        if DROPOUT.search(name.rpartition(".")[2]):
+            continue
         prefix = f"{name}." if name else ""
         kind[f"class of {name or 'the layer'}"] = type(module).__name__
         kind.update({prefix + key: value for key, value in _scalars(module).items()})
@@ -55,8 +59,7 @@ def _scalars(module: nn.Module) -> Kind:
         if (value is None or isinstance(value, (bool, int, float, str)))
         and not key.startswith("_")
         and key != "training"
-        and not INDEX.search(key)
-        and not DROPOUT.search(key)
+        and not any(pattern.search(key) for pattern in (INDEX, DROPOUT, COUNT))
     }
 
 

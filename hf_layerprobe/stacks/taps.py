@@ -68,7 +68,9 @@ def check_taps(config: PreTrainedConfig, binding: ConfigBinding, num_layers: int
         merged = name not in ("vision_feature_layer", "spatial_vision_layer") and len(set(after)) < len(after)
         if merged or lost:
             # Between one tap and the next, and before the first, a layer has to stay.
-            ends = sorted({(old + num_layers + first if old < 0 else old) - first + 1 for old in before})
+            ends = sorted(
+                {min((old + num_layers + first if old < 0 else old) - first + 1, num_layers) for old in before}
+            )
             starts = [0, *ends[:-1]] if first == 0 or ends[0] > 0 else ends
             gaps = [range(start, end) for start, end in zip(starts, ends, strict=False) if start < end]
             raise Refusal(
