@@ -72,6 +72,8 @@ def examples(data: Any) -> Iterator[Any]:
     if first is None:
         return iter(())
     rows = chain([first], rows)
+    if (kind := _kind_of_value(first)) in ("image", "audio") and not isinstance(first, (list, tuple)):
+        return _read(({kind: row} for row in rows), {kind: kind})
     if not isinstance(first, Mapping):
         return rows
     features = data.features if isinstance(data, (Dataset, IterableDataset)) else None
@@ -134,7 +136,7 @@ def _sample(row: Any, index: int, image, audio, text, messages, label) -> Sample
         images=image and _field(row, index, image, "image"),
         text=text and _field(row, index, text, "text"),
         messages=messages and _field(row, index, messages, "messages"),
-        label=label and _field(row, index, label, "label"),
+        label=label and row.get(label),
     )
     if audio:
         sound = _field(row, index, audio, "audio")
