@@ -33,6 +33,7 @@ __all__ = [
     "evaluate_tasks",
     "find_stacks",
     "measure_speed",
+    "metric_path",
     "model_card",
     "plan_pruning",
     "prune_layers",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         evaluate_model,
         evaluate_tasks,
         measure_speed,
+        metric_path,
     )
     from .hub import push_model
     from .plan import PruningPlan, plan_pruning
@@ -75,6 +77,7 @@ _HOMES = {
         "evaluate_model",
         "evaluate_tasks",
         "measure_speed",
+        "metric_path",
     ),
     "hub": ("push_model",),
     "plan": ("PruningPlan", "plan_pruning"),

@@ -44,3 +44,18 @@ def load_class(
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(name_or_path)
+
+
+def opened(
+    model: PreTrainedModel | str | Path | None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model, loaded if it is named by a folder or Hub id, and its tokenizer.
+
+    Raises:
+        LayerProbeError: No model, a model itself without its tokenizer, or as [`load_model`].
+    """
+    if isinstance(model, (str, Path)):
+        return load_model(model), tokenizer or load_tokenizer(model)
+    if model is None or tokenizer is None:
+        raise LayerProbeError("Pass model= as a folder or Hub id, or a model itself with tokenizer=.")
+    return model, tokenizer

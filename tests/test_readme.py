@@ -84,3 +84,9 @@ def test_the_block_of_measurements(names):
         "measure_speed(smaller,", "measure_speed(smaller, prompt_tokens=8,"
     )
     exec(block, names | {"rows": rows, "task": task, "smaller": prune_layers(names["model"], remove=[1])})
+
+
+def test_the_block_of_evaluate_modules(names):
+    exec(next(block for block in BLOCKS if "metric_path" in block), names)
+    found = names["compute_metrics"](None)
+    assert {"avss/layer_00", "docs/q/mean_neighbour", "perplexity"} <= found.keys()

@@ -4,6 +4,7 @@ from .answers import TaskComparison, TaskResult
 from .choices import evaluate_choices
 from .comparison import Comparison, Evaluation, evaluate_model
 from .metrics import evaluate_metric
+from .modules import metric_path
 from .speed import Speed, SpeedComparison, measure_speed
 from .tasks import evaluate_tasks
 
@@ -19,4 +20,5 @@ __all__ = [
     "evaluate_model",
     "evaluate_tasks",
     "measure_speed",
+    "metric_path",
 ]
