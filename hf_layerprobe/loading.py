@@ -33,13 +33,24 @@ def load_class(
         name_or_path, token=token, trust_remote_code=False
     )  # never asks, never runs its code
     name = (config.architectures or [""])[0]
-    model_class = getattr(transformers, name, None) if name else None
+    model_class = getattr(transformers, name, None) if name else _class_by_task(str(name_or_path), config, token)
     if model_class is None:
         raise LayerProbeError(
             f"The config of {str(name_or_path)!r} names {name or 'no class'!r} under architectures, which Transformers does "
             "not have. Load the model with its own class and pass the model."
         )
     return config, model_class
+
+
+def _class_by_task(name: str, config: PreTrainedConfig, token: str | bool | None) -> type[PreTrainedModel] | None:
+    """The class for the task that the Hub knows of a model whose config names none."""
+    from optimum.exporters.tasks import TasksManager
+
+    try:
+        task = TasksManager.infer_task_from_model(name, token=token)
+        return TasksManager.get_model_class_for_task(task, model_type=config.model_type)._model_mapping[type(config)]
+    except (RuntimeError, KeyError, ValueError):  # a folder, offline, or nothing is known of it
+        return None
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:

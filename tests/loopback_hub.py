@@ -25,6 +25,7 @@ RELATIONS = ("finetune", "adapter", "merge", "quantized")
 class Repo:
     private: bool = False
     gated: bool = False
+    pipeline_tag: str | None = None
     branches: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
@@ -172,7 +173,18 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(name)
         sha = self.at(repo, revision or "main")
         siblings = [{"rfilename": file} for file in repo.commits[sha]]
-        self.answer({"_id": name, "id": name, "sha": sha, "private": repo.private, "siblings": siblings, "tags": []})
+        self.answer(
+            {
+                "_id": name,
+                "id": name,
+                "sha": sha,
+                "private": repo.private,
+                "siblings": siblings,
+                "tags": [],
+                "library_name": "transformers",
+                "pipeline_tag": repo.pipeline_tag,
+            }
+        )
 
     def refs(self, name):
         branches = self.repo(name).branches.items()

@@ -95,9 +95,9 @@ def test_a_vision_model_without_scores(tmp_path):
     prune_layers(tiny_model("vit"), remove=[1], output_dir=tmp_path / "out")
     content = (tmp_path / "out" / "README.md").read_text()
     assert card_errors(content) == [] and not (tmp_path / "out" / "figures").exists()
-    assert "ViTForImageClassification.from_pretrained" in content and "AutoTokenizer" not in content
+    assert "AutoModelForImageClassification.from_pretrained" in content and "AutoTokenizer" not in content
     assert "None: the layers were chosen without running the model" in content and "## Scores" not in content
-    assert "pipeline_tag" not in metadata(content) and "base_model_relation" not in content
+    assert metadata(content)["pipeline_tag"] == "image-classification" and "base_model_relation" not in content
 
 
 def test_several_stacks_and_adapters(tmp_path):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import HubError, LayerProbeError
@@ -109,7 +109,7 @@ def _render(
             )
     measured = [row for name, comparison in results.items() for row in _measured(name, comparison)]
     class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures", ["the model"])[0]
-    is_causal = class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    task, auto_class = _task(folder, class_name)
     base = base_model if isinstance(base_model, str) else None
     counts = sum(len(part.keep) for part in plan.parts), sum(part.num_layers for part in plan.parts)
     title = f"{base.split('/')[-1] if base else class_name}, {counts[0]} of {counts[1]} layers"
@@ -122,7 +122,7 @@ def _render(
         tags=[*(inherited.tags or []), *TAGS],
         eval_results=[_eval_result(row) for row in measured] or None,
         model_name=title if measured else None,
-        **({"pipeline_tag": "text-generation"} if is_causal else {}) | carried,
+        **({"pipeline_tag": task} if task else {}) | carried,
     )
     return ModelCard.from_template(
         data,
@@ -130,7 +130,7 @@ def _render(
         title=title,
         base=f"[{base}](https://huggingface.co/{base})" if base else None,
         class_name=class_name,
-        auto_class="AutoModelForCausalLM" if is_causal else class_name,
+        auto_class=auto_class,
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
         repo_id=repo_id,
         parts=plan.parts,
@@ -142,6 +142,21 @@ def _render(
         results=measured,
         versions=plan.versions,
     )
+
+
+def _task(folder: Path, class_name: str) -> tuple[str | None, str]:
+    """The task of a model, and the Auto class that loads it: its own class, where no Auto class gives just that."""
+    from optimum.exporters.tasks import TasksManager
+
+    try:
+        task = TasksManager.infer_task_from_model(getattr(transformers, class_name))
+        config = AutoConfig.from_pretrained(folder)
+        auto_class = TasksManager.get_model_class_for_task(task, model_type=config.model_type)
+        found = auto_class._model_mapping[type(config)]
+    except (AttributeError, KeyError, ValueError):  # a class or task that optimum does not know
+        return None, class_name
+    found = found if isinstance(found, tuple) else (found,)
+    return task, auto_class.__name__ if class_name in {each.__name__ for each in found} else class_name
 
 
 def _rule(plan: PruningPlan) -> str:

@@ -1,0 +1,83 @@
+"""optimum: its command line, its knowledge of tasks, and an export of a pruned model to ONNX."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers as tf
+from test_hub import hub, store  # noqa: F401
+from tiny import tiny_folder, tiny_model
+
+from hf_layerprobe import LayerProbeError, docs, prune_layers
+from hf_layerprobe.loading import load_model
+from optimum.commands import optimum_cli
+
+
+def run(monkeypatch, *args, code=0):
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", *map(str, args)])
+    with pytest.raises(SystemExit) as ended:
+        optimum_cli.main()
+    assert ended.value.code == code
+
+
+def test_the_command_is_registered(monkeypatch, capsys, tmp_path):
+    run(monkeypatch, "--help")
+    assert "layerprobe" in capsys.readouterr().out
+    folder = tiny_folder(tmp_path / "model")
+    run(monkeypatch, "layerprobe", "docs", folder, "--kinds", "q", "--json")
+    found = json.loads(capsys.readouterr().out)["values"]["q"]
+    np.testing.assert_allclose(found, docs(folder, kinds=["q"])["q"])
+    run(monkeypatch, "layerprobe", "prune", folder, "--remove", "9", "--output", tmp_path / "out", code=2)
+    assert "layers 0 to 3" in capsys.readouterr().err
+
+
+def test_the_wheel_has_the_registration():
+    root = Path(__file__).parents[1]
+    packages = re.search(r"^packages = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    files = [path.relative_to(root).as_posix() for path in (root / "optimum").rglob("*.py")]
+    # An __init__.py would hide optimum itself.
+    assert '"optimum"' in packages and files == ["optimum/commands/register/register_layerprobe.py"]
+
+
+def test_the_task_on_the_hub_names_the_class(hub, tmp_path):  # noqa: F811
+    folder = tiny_folder(tmp_path / "model", "bert")
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    store(hub, "ada/bert", folder, pipeline_tag="fill-mask")
+    store(hub, "ada/unknown", folder)
+    assert type(load_model("ada/bert")) is tf.BertForMaskedLM
+    for name in ("ada/unknown", folder):
+        with pytest.raises(LayerProbeError, match="names 'no class' under architectures"):
+            load_model(name)
+
+
+def test_a_pruned_model_is_exported_to_onnx(tmp_path):
+    prune_layers(tiny_model("llama"), remove=[1], output_dir=tmp_path / "out")
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    names = dict(input_names=list(inputs), output_names=["logits"])
+    torch.onnx.export(
+        Logits(model).eval(), tuple(inputs.values()), tmp_path / "model.onnx", dynamo=True, verbose=False, **names
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model(**inputs).logits.numpy(), rtol=1e-4, atol=1e-4)
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
