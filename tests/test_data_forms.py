@@ -3,6 +3,7 @@
 from itertools import chain
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers as tf
@@ -209,6 +210,7 @@ SILENT = {"array": np.zeros(800, np.float32), "sampling_rate": 8000}
     "family, data, processor, message",
     [
         ("llama", CHATS, tiny_tokenizer(), "no chat template"),
+        ("llama", pd.DataFrame({"text": TEXTS}), tiny_tokenizer(), "a pandas DataFrame; pass a column"),
         ("llama", CHATS, None, "a tokenizer is needed"),
         ("llama", TEXTS, image_processor(), "a tokenizer is needed, and ViTImageProcessorPil has none"),
         ("llama", CHATS[0], chat_tokenizer(), r"data is one conversation.*\[data\]"),

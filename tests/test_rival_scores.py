@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from test_activation_scores import recorded
-from tiny import TEXT, redrawn, tiny_model, tiny_tokenizer
+from tiny import TEXT, redrawn, tiny_model
 
 from hf_layerprobe import LayerProbeError, find_stacks, plan_pruning, score_layers
 from hf_layerprobe.activations import TokenSample, run_pass
@@ -307,6 +307,37 @@ def test_nan_is_found_at_its_layer(name, token_batches):
         score_layers(model, token_batches, by=name)
 
 
-def test_one_label_is_not_enough_for_a_sample():
-    with pytest.raises(LayerProbeError, match="size must be a positive whole number, got 0"):
-        score_layers(tiny_model("llama"), ["a"], by="lid", size=0, tokenizer=tiny_tokenizer())
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_gives_the_same(in_place, token_batches):
+    model = tiny_model("llama")
+    if in_place:
+        model.compile(backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    found, expected = (score_layers(m, token_batches[:1], by="bypass").values for m in (model, tiny_model("llama")))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+ONE = [{"input_ids": torch.tensor([[5]])}]
+
+
+@pytest.mark.parametrize(
+    "by, data, options, message",
+    [
+        ("lid", ONE, dict(size=0), "size must be a positive whole number, got 0"),
+        ("lid", ONE, {}, "needs at least 4 of them; the data have 1"),
+        ("cka", ONE, {}, "needs at least 4 of them; the data have 1"),
+        ("stable-rank", ONE, {}, "needs at least 2 of them; the data have 1"),
+        ("bypass", ONE, {}, "nothing to predict"),
+        ("taylor", ONE, {}, "nothing to predict"),
+    ],
+)
+def test_too_little_data(by, data, options, message):
+    with pytest.raises(LayerProbeError, match=message):
+        score_layers(tiny_model("llama"), data, by=by, **options)
+
+
+def test_no_gradients_in_inference_mode(token_batches):
+    model = tiny_model("llama")
+    with torch.inference_mode(), pytest.raises(LayerProbeError, match="inference_mode"):
+        score_layers(model, token_batches, by="taylor")

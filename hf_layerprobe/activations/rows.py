@@ -62,6 +62,10 @@ def examples(data: Any) -> Iterator[Any]:
             f"data is a {type(data).__name__} with {list(data)}, of which only the names would be read; "
             f"{advice.format(next(iter(data), None))}."
         )
+    if hasattr(data, "iterrows"):
+        raise LayerProbeError(
+            "data is a pandas DataFrame; pass a column of texts, or datasets.Dataset.from_pandas(data)."
+        )
     try:
         rows = iter(data)
     except TypeError:

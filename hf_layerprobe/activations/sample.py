@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import LayerProbeError
 from .data import check_positive
 
 EMPTY = torch.iinfo(torch.int64).max
@@ -26,7 +27,7 @@ class TokenSample:
         check_positive(size=size)
         self.num_layers = num_layers
         self.size = size
-        self.seed = seed
+        self.seed = seed % 2**32
         self.seen: int | torch.Tensor = 0  # tokens so far
         self.keys: torch.Tensor | None = None  # [size]; the kept tokens are those with the smallest keys
         self.rows: list[torch.Tensor | None] = [None] * (num_layers + 1)  # [size, hidden] each
@@ -38,11 +39,18 @@ class TokenSample:
         if layer == self.num_layers - 1:
             self._keep(layer + 1, after)
 
-    def states(self) -> list[torch.Tensor]:
-        """What enters each layer, and what leaves the last one: `[tokens, hidden]` each, in the same order of tokens."""
-        if self.keys is None:
-            return []
-        used = self.keys != EMPTY
+    def states(self, at_least: int = 1) -> list[torch.Tensor]:
+        """What enters each layer, and what leaves the last one: `[tokens, hidden]` each, in the same order of tokens.
+
+        Raises:
+            LayerProbeError: Fewer tokens than a score needs.
+        """
+        used = torch.empty(0) if self.keys is None else self.keys != EMPTY
+        if used.sum() < at_least:
+            raise LayerProbeError(
+                f"This score compares tokens and needs at least {at_least} of them; the data have {int(used.sum())}, or "
+                f"size={self.size} keeps fewer."
+            )
         return [rows[used.to(rows.device)] for rows in self.rows]
 
     def _choose(self, before: torch.Tensor, mask: torch.Tensor | None) -> None:

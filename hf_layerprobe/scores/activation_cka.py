@@ -17,7 +17,7 @@ def alignment(sample: TokenSample) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     tokens than channels plain CKA is high whatever the states hold.
     """
     # States that are not finite cannot be compared; they stay NaN, so that the layer will be named.
-    states = [Features(rows.T) if torch.isfinite(rows).all() else None for rows in sample.states()]
+    states = [Features(rows.T) if torch.isfinite(rows).all() else None for rows in sample.states(at_least=4)]
     values = np.full((len(states), len(states)), np.nan)
     for i, x in enumerate(states):
         for j, y in enumerate(states[: i + 1]):

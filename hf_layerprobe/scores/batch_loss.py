@@ -22,7 +22,8 @@ class BatchLoss:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
+        # Every bypassed layer would be a graph of its own, so that nothing is won by the compiled one.
+        self.model = model = getattr(model, "_orig_mod", model)
         self._fixed = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         generates = getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
         self._causal = generates and model.main_input_name == "input_ids"
@@ -64,3 +65,16 @@ class BatchLoss:
             losses = cross_entropy(rows.float(), targets, ignore_index=IGNORED, reduction="none")
             total = total + losses.sum(dtype=total.dtype)
         return total, (labels != IGNORED).sum()
+
+
+def check_counted(labels: torch.Tensor | int) -> float:
+    """The number of labels in all the data, if there were any.
+
+    Raises:
+        LayerProbeError: There were none.
+    """
+    if not labels:
+        raise LayerProbeError(
+            "The data have nothing to predict: no label counts, or no text has a second token. Pass longer texts."
+        )
+    return float(labels)

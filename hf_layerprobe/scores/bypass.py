@@ -10,7 +10,7 @@ from ..activations.text import Batch
 from ..precision import widest
 from ..stacks import LayerStack, bypassed
 from ..stacks.prefix import PrefixBypass
-from .batch_loss import BatchLoss
+from .batch_loss import BatchLoss, check_counted
 from .registry import OURS, register
 
 logger = logging.get_logger(__name__)
@@ -52,7 +52,7 @@ class BypassLoss:
         self._labels = self._labels + labels
 
     def compute(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        means = (self._sums / self._labels).cpu().double().numpy()
+        means = (self._sums / check_counted(self._labels)).cpu().double().numpy()
         return means[:-1] - means[-1], {"loss": means[:-1]}
 
     def _with_prefix(self, batch: Batch) -> list[torch.Tensor]:

@@ -19,7 +19,8 @@ def intrinsic_dimension(sample: TokenSample) -> tuple[np.ndarray, dict[str, np.n
     nearest; T = R − 1, all but one, as in the paper, which takes answers to the same task for points. `details["spread"]` is
     the standard deviation over tokens. Tokens in the very same place (distance 0) are left out as neighbours.
     """
-    found = [local_dimensions(rows) for rows in sample.states()[1:]]
+    found = [local_dimensions(rows) for rows in sample.states(at_least=4)[1:]]
+    found = [each[~torch.isinf(each)] for each in found]  # a token whose neighbours are all equally far tells nothing
     means, spreads = (np.array([float(f(each)) for each in found]) for f in (torch.mean, torch.std))
     return means, {"spread": spreads}
 

@@ -18,7 +18,7 @@ def spectrum(sample: TokenSample) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     `details["entropy"]` is that of the squared singular values over their sum, in nats: its exponential is an effective
     rank. Neither can exceed the number of sampled tokens.
     """
-    ranks, entropies = np.array([_rank_and_entropy(rows) for rows in sample.states()[1:]]).reshape(-1, 2).T
+    ranks, entropies = np.array([_rank_and_entropy(rows) for rows in sample.states(at_least=2)[1:]]).reshape(-1, 2).T
     return ranks, {"entropy": entropies}
 
 

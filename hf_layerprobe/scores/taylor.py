@@ -13,7 +13,7 @@ from ..activations.text import Batch
 from ..errors import LayerProbeError
 from ..precision import widest
 from ..stacks import LayerStack
-from .batch_loss import BatchLoss
+from .batch_loss import BatchLoss, check_counted
 from .registry import register
 
 
@@ -27,11 +27,13 @@ class Taylor:
         stack: The layers.
 
     Raises:
-        LayerProbeError: Quantised weights, which have no gradient; or batches without labels for a model that is not a
+        LayerProbeError: Quantised weights, which have no gradient, or `torch.inference_mode()`; or batches without labels for a model that is not a
             causal language model.
     """
 
     def __init__(self, stack: LayerStack):
+        if torch.is_inference_mode_enabled():
+            raise LayerProbeError("taylor needs gradients, which torch.inference_mode() rules out; call it outside.")
         self.stack = stack
         self._loss = BatchLoss(stack.model)
         self._weights = [list(layer.parameters()) for layer in stack.layers]
@@ -58,6 +60,7 @@ class Taylor:
         self._labels = self._labels + labels
 
     def compute(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        labels = check_counted(self._labels)
         sums = [
             sum(
                 float((weight.detach().float() * self._gradients[weight]).abs().sum(dtype=widest(weight.device)))
@@ -66,7 +69,7 @@ class Taylor:
             )
             for weights in self._weights
         ]
-        return np.array(sums) / float(self._labels), {}
+        return np.array(sums) / labels, {}
 
 
 @contextmanager
