@@ -5,6 +5,7 @@ from .means import TokenMean
 from .run import run_pass
 from .sample import TokenSample
 from .sites import SITES, SUBLAYERS
+from .state import Resumable, Sum
 from .statistics import RunningStatistics
 from .stream import Accumulator, LayerStream
 
@@ -13,7 +14,9 @@ __all__ = [
     "SUBLAYERS",
     "Accumulator",
     "LayerStream",
+    "Resumable",
     "RunningStatistics",
+    "Sum",
     "TokenMean",
     "TokenSample",
     "batches",

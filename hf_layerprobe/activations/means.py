@@ -17,7 +17,7 @@ class TokenMean:
 
     def __init__(self, num_layers: int):
         self.sums: list[torch.Tensor | float] = [0.0] * num_layers
-        self.tokens: list[torch.Tensor | int] = [0] * num_layers
+        self.tokens: list[torch.Tensor | float] = [0.0] * num_layers
 
     def update(self, layer: int, values: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Adds `[batch, tokens]` values; `mask` is true for those that count."""
@@ -28,5 +28,21 @@ class TokenMean:
 
     def mean(self) -> np.ndarray:
         """`[num_layers]` float64; NaN for a layer that saw no token."""
-        sums, tokens = (np.array([float(number) for number in numbers]) for numbers in (self.sums, self.tokens))
+        sums, tokens = (numbers.numpy() for numbers in self.state_dict().values())
         return np.divide(sums, tokens, out=np.full_like(sums, np.nan), where=tokens > 0)
+
+    def merge(self, other: TokenMean) -> None:
+        """Adds what another instance has seen."""
+        for layer, (sums, tokens) in enumerate(zip(*other.state_dict().values(), strict=True)):
+            self.sums[layer], self.tokens[layer] = self.sums[layer] + sums.item(), self.tokens[layer] + tokens.item()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """`sums` and `tokens`, `[num_layers]` float64 on the CPU."""
+        here = {"sums": self.sums, "tokens": self.tokens}
+        return {
+            name: torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+            for name, numbers in here.items()
+        }
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.sums, self.tokens = state["sums"].tolist(), state["tokens"].tolist()

@@ -14,6 +14,8 @@ from ..progress import progress
 from ..stacks import LayerStack
 from .data import check_positive
 from .fingerprint import Fingerprint
+from .processes import add_up, joined
+from .state import Resumable, Sum
 from .stream import Accumulator, LayerStream
 from .text import Batch
 
@@ -32,6 +34,7 @@ def run_pass(
     *,
     max_tokens: int | None = None,
     own_runs: Sequence[OwnRuns] = (),
+    share: bool = False,
 ) -> dict[str, Any]:
     """Runs the model over the data in eval mode, without gradients and without a cache.
 
@@ -41,6 +44,7 @@ def run_pass(
         data: Batches of model inputs; see [`batches`].
         max_tokens: Stop once this many tokens (padding not counted) have been seen.
         own_runs: Who runs the model in other ways on every batch.
+        share: The data are this process's share; all processes call this, and each gets the statistics of all.
 
     Returns:
         What was used: `tokens` (those of the stack that counted), `sequences`, a `fingerprint` (SHA-256) of the main
@@ -62,7 +66,9 @@ def run_pass(
     fixed = {"use_cache": False} if "use_cache" in accepted else {}
     count = TokenCount()
     fingerprint = Fingerprint(model)
-    with evaluating(model), LayerStream(stack, [count, *accumulators]) as stream, torch.no_grad():
+    watching = LayerStream(stack, [count, *accumulators])
+    # Compiled graphs know no hooks that come later; within the context modules run uncompiled.
+    with torch.compiler.set_stance("force_eager"), evaluating(model), watching as stream, torch.no_grad():
         for batch in progress(data, desc="Calibration", unit="batch"):
             fingerprint.update(batch)
             inputs = {name: value.to(model.device) for name, value in batch.items()}
@@ -72,24 +78,29 @@ def run_pass(
                 for each in own_runs:
                     each.measure(inputs)
                 stream.open()
-            if max_tokens is not None and count.tokens >= max_tokens:
+            if max_tokens is not None and count.tokens.value >= max_tokens:
                 break
-    if not fingerprint.sequences:
+    count.sequences.add(fingerprint.sequences)
+    digest = fingerprint.hexdigest()
+    if share:
+        add_up([count, *accumulators])
+        digest = joined(digest)
+    if not int(count.sequences.value):
         raise LayerProbeError("The data yielded no batch: it is empty, or every text is.")
     return {
-        "tokens": int(count.tokens),
-        "sequences": fingerprint.sequences,
-        "fingerprint": fingerprint.hexdigest(),
+        "tokens": int(count.tokens.value),
+        "sequences": int(count.sequences.value),
+        "fingerprint": digest,
         **getattr(data, "choices", {}),
     }
 
 
-class TokenCount:
-    """How many of a stack's tokens have counted."""
+class TokenCount(Resumable):
+    """How many of a stack's tokens, and how many sequences, have counted."""
 
     def __init__(self):
-        self.tokens: int | torch.Tensor = 0  # a tensor until somebody asks, so that nothing waits for the device
+        self.tokens, self.sequences = Sum(), Sum()
 
     def update(self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
         if layer == 0:
-            self.tokens = self.tokens + (before.shape[:2].numel() if mask is None else mask.sum())
+            self.tokens.add(before.shape[:2].numel() if mask is None else mask.sum())

@@ -53,6 +53,30 @@ class TokenSample:
             )
         return [rows[used.to(rows.device)] for rows in self.rows]
 
+    def merge(self, other: TokenSample) -> None:
+        """Adds what another one of the same size has seen: of both, the tokens with the smallest keys."""
+        if self.keys is None or other.keys is None:
+            if other.keys is not None:
+                self.load_state_dict(other.state_dict())
+            return
+        self.seen = self.seen + torch.as_tensor(other.seen).to(self.keys.device)
+        self.keys, chosen = torch.cat([self.keys, other.keys.to(self.keys.device)]).topk(self.size, largest=False)
+        self.rows = [
+            torch.cat([mine, theirs.to(mine.device)])[chosen.to(mine.device)]
+            for mine, theirs in zip(self.rows, other.rows, strict=True)
+        ]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """`seen`, `keys` `[size]` and `rows` `[layers + 1, size, hidden]` on the CPU; without tokens, `seen` alone."""
+        if self.keys is None:
+            return {"seen": torch.tensor(0)}
+        rows = torch.stack([rows.cpu() for rows in self.rows])
+        return {"seen": torch.as_tensor(self.seen).cpu(), "keys": self.keys.cpu(), "rows": rows}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.seen, self.keys = state["seen"], state.get("keys")
+        self.rows = list(state["rows"].clone()) if "rows" in state else [None] * (self.num_layers + 1)
+
     def _choose(self, before: torch.Tensor, mask: torch.Tensor | None) -> None:
         counted = torch.ones(before.shape[:2], dtype=torch.bool, device=before.device) if mask is None else mask
         counted = counted.flatten()

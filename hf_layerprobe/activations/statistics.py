@@ -8,8 +8,8 @@ import torch
 class RunningStatistics:
     """Count, mean, sum of squared deviations and number of small values for each layer, merged by Chan's formula.
 
-    Rows of activations come in as their own mean and variance, computed in float32; everything across rows is float64,
-    so that neither many tokens nor a large mean costs precision. Nothing here waits for the device.
+    Rows of activations come in as their own mean and variance; everything across rows is float64, so that neither many
+    tokens nor a large mean costs precision. Nothing here waits for the device.
 
     Args:
         num_layers: Number of layers.
@@ -68,7 +68,8 @@ class RunningStatistics:
         return self.small.clamp_min(1) / self.count
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"count": self.count, "mean": self.mean, "deviation": self.deviation, "small": self.small}
+        """`count`, `mean`, `deviation` and `small`, `[num_layers]` float64 on the CPU."""
+        return {name: getattr(self, name).cpu() for name in ("count", "mean", "deviation", "small")}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         for name in self.state_dict():

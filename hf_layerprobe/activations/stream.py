@@ -111,15 +111,22 @@ class LayerStream:
             handle.remove()
         if self._layer_hooks:
             self._masks.end()
-        self._layer_hooks, self._taken = [], []
+        self._layer_hooks, self._taken, self._left = [], [], (None, None, None)
+
+    def _entering(self, state: torch.Tensor) -> torch.Tensor:
+        """What enters a layer: the same tensor that left the one before, so that what is known of it need not be found again."""
+        left, version, after = self._left
+        return (
+            after if state is left and version is not None and _version(state) == version else _as_batch(state.detach())
+        )
 
     def _layer_hook(self, index: int):
         def take(_layer, args, kwargs, output):
-            before, after = hidden_input(args, kwargs).detach(), hidden_output(output).detach()
-            if before.dim() == 2:  # packed sequences: [tokens, hidden]
-                before, after = before[None], after[None]
+            state = hidden_output(output)
+            after = _as_batch(state.detach())
             # A layer that lives on another device than the one before it moves its input only inside.
-            before = before.to(after.device)
+            before = self._entering(hidden_input(args, kwargs)).to(after.device)
+            self._left = state, _version(state), after
             try:
                 mask = self._masks.fit(before)
                 sites = {site: self._taps[site][index].fit(taken, before) for site, taken in self._taken[index].items()}
@@ -133,6 +140,15 @@ class LayerStream:
                 accumulator.update(index, before, after, mask, **wanted)
 
         return take
+
+
+def _as_batch(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden[None] if hidden.dim() == 2 else hidden  # packed sequences: [tokens, hidden]
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """Changes with every write to the tensor; `None` where that is not tracked."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _sites(accumulators: Sequence[Accumulator]) -> list[str]:

@@ -7,11 +7,12 @@ import math
 import numpy as np
 import torch
 
+from ..activations import Resumable, Sum
 from ..precision import widest
 from .registry import register
 
 
-class AngularDistance:
+class AngularDistance(Resumable):
     """d(i, n) = mean over sequences of arccos(cos(x_i, x_{i+n})) / π, at the last token that counts of each sequence.
 
     All block lengths n at once: the distance between every two of the states x_0 to x_L, where x_i enters layer i and x_L
@@ -21,8 +22,8 @@ class AngularDistance:
 
     def __init__(self, num_layers: int):
         self.num_layers = num_layers
-        self.angles: torch.Tensor | None = None  # [L + 1, L + 1], summed over sequences, in units of π
-        self.sequences: int | torch.Tensor = 0
+        self.angles = Sum()  # [L + 1, L + 1], over sequences, in units of π
+        self.sequences = Sum()
         self._states: list[torch.Tensor] = []  # [batch, hidden] each, of the batch that is on its way
 
     def update(self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
@@ -35,7 +36,7 @@ class AngularDistance:
             self._measure()
 
     def compute(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        distances = (self.angles / self.sequences).cpu().numpy()
+        distances = torch.as_tensor(self.angles.value / self.sequences.value).cpu().numpy()
         return np.diagonal(distances, offset=1).copy(), {"distances": distances}
 
     def _choose(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> None:
@@ -57,8 +58,8 @@ class AngularDistance:
         angles = 2 * torch.atan2(between, across) / math.pi
         counted = self._last >= 0
         angles = torch.where(counted[:, None, None], angles, 0).sum(0)
-        self.angles = angles if self.angles is None else self.angles + angles
-        self.sequences = self.sequences + counted.sum()
+        self.angles.add(angles)
+        self.sequences.add(counted.sum())
         self._states = []
 
 

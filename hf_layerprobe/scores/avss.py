@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..activations import SITES, SUBLAYERS, RunningStatistics
+from ..activations import SITES, SUBLAYERS, Resumable, RunningStatistics, TokenMean
+from ..activations.moments import token_squares, token_sums
 from ..errors import LayerProbeError
-from ..precision import widest
 from ..stacks import LayerStack
 from .registry import OURS, register
 from .results import LayerScores
@@ -20,7 +20,7 @@ PAPER = "AVSS, arXiv 2411.02117"
 EPS = {"published": 1e-5, "released": 1e-5, "relative": 0.05}
 
 
-class PooledAVSS:
+class PooledAVSS(Resumable):
     """The published formula over all values of a layer's tokens, of its output or of its relative update.
 
     Args:
@@ -43,23 +43,23 @@ class PooledAVSS:
     def update(
         self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None, **sites: torch.Tensor
     ) -> None:
-        # float64: in float32 the rounding of the stream moves values across eps, and their share is small.
-        before, values = (x.to(widest(x.device)) for x in (before, sites.get(self.site, after)))
-        if self.site == "update":
-            values = values - before
+        values, minus = sites.get(self.site, after), before if self.site == "update" else None
+        width = values.shape[-1]
         if self.relative:
-            rms = torch.linalg.vector_norm(before, dim=-1, keepdim=True) / before.shape[-1] ** 0.5  # [batch, tokens, 1]
-            values = values / rms.clamp_min(torch.finfo(torch.float32).tiny)
-        variances, means = torch.var_mean(values, dim=-1, correction=0)  # [batch, tokens]
-        small = (values.abs() < self.eps).sum(-1)
-        weight = torch.full_like(means, values.shape[-1]) if mask is None else mask * values.shape[-1]
-        self.statistics.update(layer, means, variances, small, weight)
+            rms = (token_squares(before) / before.shape[-1]).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+            found = token_sums(values, minus, below=self.eps * rms)
+            means, squares = found.sums / (rms * width), found.squares / (rms.square() * width)
+        else:
+            found = token_sums(values, minus, below=self.eps)
+            means, squares = found.sums / width, found.squares / width
+        weight = torch.full_like(means, width) if mask is None else mask * width
+        self.statistics.update(layer, means, squares - means.square(), found.small, weight)
 
     def compute(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         return avss_from(self.statistics.variance().cpu().numpy(), self.statistics.share_small().cpu().numpy())
 
 
-class ReleasedAVSS:
+class ReleasedAVSS(Resumable):
     """What the authors' released code measures: padding counts, and batches are averaged without weights.
 
     The variance (unbiased) is over the hidden dimension of the state averaged over the sequence, then averaged over
@@ -76,21 +76,18 @@ class ReleasedAVSS:
 
     def __init__(self, num_layers: int, *, eps: float = EPS["released"], site: str = "layer"):
         self.eps = check_eps(eps)
-        self.batches = torch.zeros(num_layers, dtype=torch.float64)
-        self.values = torch.zeros(num_layers, dtype=torch.float64)
-        self.variance = torch.zeros(num_layers, dtype=torch.float64)
-        self.sparsity = torch.zeros(num_layers, dtype=torch.float64)
+        # Each batch counts as one token, with the numbers of the whole batch.
+        self.variance, self.sparsity, self.values = (TokenMean(num_layers) for _ in range(3))
 
     def update(self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
-        after = after.float()
-        self.batches[layer] += 1
-        self.values[layer] += after.numel()
-        self.variance[layer] += after.mean(1).var(1).mean().cpu()
-        self.sparsity[layer] += (after.abs() < self.eps).sum().cpu().double() / after.numel()
+        small = token_sums(after, below=self.eps).small
+        self.variance.update(layer, after.float().mean(1).var(1).mean()[None], None)
+        self.sparsity.update(layer, (small.sum() / after.numel())[None], None)
+        self.values.update(layer, torch.full_like(small[0, :1], after.numel()), None)
 
     def compute(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        sparsity = torch.maximum(self.sparsity / self.batches, 1 / self.values)
-        return avss_from((self.variance / self.batches).numpy(), sparsity.numpy(), normalise=False)
+        smallest = 1 / self.values.state_dict()["sums"].numpy()
+        return avss_from(self.variance.mean(), np.maximum(self.sparsity.mean(), smallest), normalise=False)
 
 
 def check_eps(eps: float) -> float:

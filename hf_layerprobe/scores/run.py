@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from ..activations import batches, run_pass
+from ..activations.processes import is_share, own_rows
 from ..errors import LayerProbeError
 from ..stacks import LayerStack, resolve_stack
 from ..stacks.adapters import learns_prompts
@@ -45,7 +46,8 @@ def score_layers(
         model: The model; run in eval mode and left as it was.
         data: A list or a `datasets` data set of texts, conversations, images or audio, with `tokenizer=`, or anything
             that yields model inputs (a list of dicts of tensors, a `DataLoader`, a Trainer's `get_eval_dataloader()`);
-            see `hf_layerprobe.activations.batches`. Scores of the weights need none.
+            see `hf_layerprobe.activations.batches`. Scores of the weights need none. A loader that `accelerate` has prepared is
+            a process's share: every process has to call this then, and gets the scores on the data of all.
         by: A registered name, or several: avss-relative (or avss for short), avss-published, avss-released, influence,
             angular, update-norm, cka, stable-rank, lid; taylor, which adds a backward pass on every batch, and bypass,
             which adds a run for each layer; docs, last, random. The data are gone through once.
@@ -97,13 +99,23 @@ def score_layers(
                 "This PeftModel puts virtual tokens before the input, outside of the model whose layers are scored, so the layers "
                 "would not see what they see in use. Score the layers of `model.get_base_model()`."
             )
+        share = is_share(data)
         rows = batches(
-            data, model, tokenizer, batch_size=batch_size, max_length=max_length, pack=pack, max_tokens=max_tokens
+            own_rows(data) if share else data,
+            model,
+            tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+            pack=pack,
+            max_tokens=max_tokens,
         )
         watching, running = (
             [built[make] for make, score in streamed.items() if score.own_runs == own] for own in (False, True)
         )
-        used = run_pass(found, watching, rows, max_tokens=max_tokens, own_runs=running)
+        if share and running:
+            alone = ", ".join(name for name, score in zip(names, scores, strict=True) if score.own_runs)
+            raise LayerProbeError(f"{alone}: not measured on shares of the data; pass a loader that is not prepared.")
+        used = run_pass(found, watching, rows, max_tokens=max_tokens, own_runs=running, share=share)
     results: dict[str, LayerScores] = {}
     for name, score in zip(names, scores, strict=True):
         values, details = score.read(built[score.make]) if score.needs_data else score.make(found, **options)

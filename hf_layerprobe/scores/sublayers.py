@@ -7,15 +7,17 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..activations import TokenMean
+from ..activations import Resumable, TokenMean
+from ..activations.moments import token_squares
 from ..errors import LayerProbeError
 from ..precision import widest
+from .influence import turned
 from .registry import register
 
 SOURCE = "sublayer influence, LLM-Drop, arXiv 2406.15786"
 
 
-class SublayerInfluence:
+class SublayerInfluence(Resumable):
     """1 − mean over tokens of cos(y, y + f), where the sublayer adds its output f to the stream y.
 
     For attention y enters the layer; for the MLP y + f leaves it. That needs a layer which adds both outputs to the
@@ -25,18 +27,25 @@ class SublayerInfluence:
     sites = ("attention", "mlp")
 
     def __init__(self, num_layers: int):
-        self.cosines = {site: TokenMean(num_layers) for site in self.sites}
+        self.turns = {site: TokenMean(num_layers) for site in self.sites}
         self.rest = TokenMean(num_layers)  # what the layer adds besides, in units of the stream and of its precision
 
     def update(
         self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None, **sites: torch.Tensor
     ) -> None:
+        attention, mlp = sites.values()
+        entering, leaving = token_squares(before), token_squares(after)
+        # ‖y + f‖² from lengths that others may have asked for already: 2‖y‖² + 2‖f‖² − ‖f − y‖².
+        with_attention = 2 * (entering + token_squares(attention)) - token_squares(attention, before)
+        without_mlp = token_squares(after, mlp)
+        for site, one, other in (("attention", entering, with_attention), ("mlp", without_mlp, leaving)):
+            self.turns[site].update(layer, turned(one, other, token_squares(sites[site])), mask)
+        # A few tokens show how the layer is built.
         rounding = torch.finfo(after.dtype).eps
-        before, after, attention, mlp = (x.to(widest(x.device)) for x in (before, after, *sites.values()))
-        for site, one, other in (("attention", before, before + attention), ("mlp", after - mlp, after)):
-            self.cosines[site].update(layer, torch.cosine_similarity(one, other, dim=-1), mask)
+        before, after, attention, mlp = (x[:, ::16].to(widest(x.device)) for x in (before, after, attention, mlp))
         rest, stream = (torch.linalg.vector_norm(x, dim=-1) for x in (after - before - attention - mlp, after))
-        self.rest.update(layer, rest / stream.clamp_min(torch.finfo(torch.float32).tiny) / rounding, mask)
+        rest = rest / stream.clamp_min(torch.finfo(torch.float32).tiny) / rounding
+        self.rest.update(layer, rest, None if mask is None else mask[:, ::16])
 
     def compute(self, site: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         others = np.flatnonzero(self.rest.mean() > 4).tolist()
@@ -46,7 +55,7 @@ class SublayerInfluence:
                 "the stream than the outputs of attention and MLP: a norm or a scale follows, or there is another "
                 "sublayer. 'influence' measures the whole layer."
             )
-        return 1 - self.cosines[site].mean(), {}
+        return self.turns[site].mean(), {}
 
 
 for _site in SublayerInfluence.sites:

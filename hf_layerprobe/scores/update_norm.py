@@ -5,22 +5,20 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..activations import TokenMean
-from ..precision import widest
+from ..activations import Resumable, TokenMean
+from ..activations.moments import token_squares
 from .registry import OURS, register
 
 
-class UpdateNorm:
+class UpdateNorm(Resumable):
     """Mean over tokens of ‖x_out − x_in‖ / ‖x_in‖."""
 
     def __init__(self, num_layers: int):
         self.lengths = TokenMean(num_layers)
 
     def update(self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> None:
-        # float64: the difference of two large states has few digits of its own.
-        before, after = (x.to(widest(x.device)) for x in (before, after))
-        stream = torch.linalg.vector_norm(before, dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        self.lengths.update(layer, torch.linalg.vector_norm(after - before, dim=-1) / stream, mask)
+        tiny = torch.finfo(torch.float32).tiny
+        self.lengths.update(layer, (token_squares(after, before) / token_squares(before).clamp_min(tiny)).sqrt(), mask)
 
     def compute(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         return self.lengths.mean(), {}
