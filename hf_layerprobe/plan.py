@@ -16,24 +16,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .activations import batches
-from .activations.data import text_rows
 from .errors import LayerProbeError, PruningError
 from .files import write_atomically
 from .hub import PLAN_FILE, fetch_file, is_repo_id
-from .scores import LayerScores, score_layers
-from .scores.loss import check_causal, held_out_losses
-from .scores.registry import get_score
+from .search import Choice, Curve, choose
 from .stacks import LayerStack, resolve_stack
-from .stacks.admissible import expressible, first_admissible, least_worth
+from .stacks.admissible import expressible
 from .weights.checksum import sign_checksum
 
-# What `by="auto"` measures against each other: cheap rules, each with its own blind spot.
-AUTO_RULES = ("avss-relative", "influence", "docs", "last")
-AUTO_NEEDS = (
-    "by='auto' measures several plans on held-out text, so it needs data= with at least two texts, and tokenizer=. Without "
-    "data, by='docs' ranks by the weights alone."
-)
 logger = logging.get_logger(__name__)
 
 
@@ -49,7 +39,9 @@ class PruningPlan:
         by: The rule: a score's name, "auto" or "explicit".
         scores: The score behind the choice (`LayerScores.to_dict()`), if there was one.
         candidates: For "auto": every plan that was measured, with its held-out loss in nats a token.
+        path: Of a greedy search, the best set of each size with its loss on the calibration text; see [`curve`].
         note: Why other layers go than those with the lowest scores, where the architecture cannot lose these.
+        repair: What a repair of the pruned model did (`repair_model`), if there was one.
         also: Plans for further stacks of the same model, to be carried out together with this one.
         model: Class and type of the model that the plan was made for, and a checksum of its layers.
         versions: Versions of the packages that made it.
@@ -62,7 +54,9 @@ class PruningPlan:
     by: str
     scores: dict[str, Any] = field(default_factory=dict)
     candidates: list[dict[str, Any]] = field(default_factory=list)
+    path: list[dict[str, Any]] = field(default_factory=list)
     note: str = ""
+    repair: dict[str, Any] = field(default_factory=dict)
     also: tuple[PruningPlan, ...] = ()
     model: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -78,6 +72,19 @@ class PruningPlan:
             f"(0-based): remove {list(part.remove)}, keep {list(part.keep)}"
             for part in self.parts
         )
+
+    def curve(self) -> Curve:
+        """The loss against the number of layers removed, with its knee: how many to remove.
+
+        Raises:
+            LayerProbeError: The plan was not made by a greedy search, which is what goes through all numbers.
+        """
+        if not self.path:
+            raise LayerProbeError(
+                f"This plan was made by {self.by!r}, which measured one number of layers only. Make one by='greedy' or 'beam' "
+                "with the largest number of layers to consider; its curve goes from 0 to there."
+            )
+        return Curve.of(self.path)
 
     def checksum(self) -> str:
         """SHA-256 of the plan's content."""
@@ -189,11 +196,15 @@ def plan_pruning(
         remove: Indices (0-based) of the layers to remove; negative ones count from the end. For several stacks at once, a
             dict of such lists by path: `{"encoder.block": [1], "decoder.block": [2]}`.
         keep: Indices of the layers to keep, or a dict of them.
-        by: A registered score, whose least important layers go; or "auto", which makes a plan by each of several cheap
-            rules, measures every plan on the half of the texts that it was not made from, and takes the best.
+        by: A registered score, whose least important layers go; "combined", our own mean rank of DOCS redundancy and relative
+            AVSS; a search that measures the loss without sets of layers: "contiguous" (the best block), "greedy" (one layer
+            after the other) or "beam" (several sets at a time); or "auto", which makes a plan by each of several rules,
+            measures every plan on the half of the texts that it was not made from, and takes the best.
         stack: Path of the stack; the main one by default. With `ratio` or `num_layers`, several: each loses so much.
         tokenizer: Needed for texts.
-        options: Options of [`score_layers`].
+        options: Options of [`score_layers`]. Searches and "auto" also take `minutes`, a budget, with which "auto" also
+            tries greedy removal and swaps around the best set, and `resume`, a file that keeps what was measured. A search
+            reads 2,048 tokens at most, whatever `max_tokens` is.
 
     Raises:
         PruningError: Nothing or everything would be removed, an index is out of range, the request is ambiguous, or the
@@ -235,30 +246,27 @@ def _plan_one(
 ) -> PruningPlan:
     total = stack.num_layers
     removed = _requested(total, ratio, num_layers, remove, keep)
-    scores, candidates, note = None, [], ""
     if not isinstance(by, str):
         raise LayerProbeError(f"by is one rule: 'auto' or the name of a score; got {by!r}.")
     if not isinstance(removed, int):
         refuse_options(options, "which layers go is given by remove= or keep=, and no score is computed")
-        by = "explicit"
+        chosen = Choice(tuple(removed), "explicit")
         if isinstance(model, PreTrainedModel):
             stack.check(i for i in range(total) if i not in removed)
-    elif by == "auto":
-        removed, note, scores, candidates = _best_of(stack, data, removed, tokenizer, options)
     else:
-        scores = score_layers(model, data, by=by, stack=stack, tokenizer=tokenizer, **options)
-        (removed, note), by = _least_important(stack, scores, removed), scores.name
-    if note:
-        logger.warning(f"by={by!r} removes layers {removed} of {stack.path!r} instead: {note}.")
+        chosen = choose(stack, data, removed, by, tokenizer, options)
+    if chosen.note:
+        logger.warning(f"by={by!r} removes layers {list(chosen.remove)} of {stack.path!r} instead: {chosen.note}.")
     return PruningPlan(
         stack=stack.path,
         num_layers=total,
-        remove=tuple(removed),
-        keep=tuple(i for i in range(total) if i not in set(removed)),
-        by=by,
-        scores=scores.to_dict() if scores else {},
-        candidates=candidates,
-        note=note,
+        remove=chosen.remove,
+        keep=tuple(i for i in range(total) if i not in chosen.remove),
+        by=chosen.by,
+        scores=chosen.scores.to_dict() if chosen.scores else {},
+        candidates=chosen.candidates,
+        path=chosen.path,
+        note=chosen.note,
         model={
             "class": type(stack.model).__name__,
             "model_type": getattr(getattr(stack.model, "config", None), "model_type", ""),
@@ -266,16 +274,6 @@ def _plan_one(
         },
         versions={name: version(name) for name in ("hf-layerprobe", "transformers", "torch")},
     )
-
-
-def _least_important(stack: LayerStack, scores: LayerScores, number: int) -> tuple[list[int], str]:
-    """The least important layers that can go together, and why they are others than the lowest ones."""
-    lowest = scores.least_important(number)
-    if not isinstance(stack.model, PreTrainedModel):  # scores can be had of anything, and plans for it made by hand
-        return lowest, ""
-    if blocks := scores.blocks(number):
-        return first_admissible(stack, blocks)
-    return least_worth(stack, scores.importance, number)
 
 
 def refuse_options(options: Mapping[str, Any], why: str) -> None:
@@ -331,33 +329,3 @@ def _requested(total: int, ratio, num_layers, remove, keep) -> int | list[int]:
 
 def _is_index(value: Any) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, bool)
-
-
-def _best_of(
-    stack: LayerStack, data: Any, number: int, tokenizer, options: dict[str, Any]
-) -> tuple[list[int], str, LayerScores, list[dict[str, Any]]]:
-    """The plan with the lowest loss on texts that no plan was made from."""
-    try:
-        texts = [text for text in text_rows(data) if text.strip()]
-    except LayerProbeError as error:
-        raise LayerProbeError(f"{AUTO_NEEDS} {error}") from error
-    if len(texts) < 2 or tokenizer is None:
-        found = f"Got {len(texts)} texts that are not empty{', and no tokenizer' if tokenizer is None else ''}."
-        raise LayerProbeError(f"{AUTO_NEEDS} {found}")
-    check_causal(stack.model)
-    calibration, held_out = texts[::2], texts[1::2]
-    streamed = [name for name in AUTO_RULES if get_score(name).needs_data]
-    scores = score_layers(stack.model, calibration, by=streamed, stack=stack, tokenizer=tokenizer, **options)
-    for name in AUTO_RULES:
-        if name not in scores:
-            try:
-                scores[name] = score_layers(stack.model, by=name, stack=stack)
-            except LayerProbeError as error:  # matrices of an unknown layout; the other rules do without them
-                logger.warning(f"by='auto' goes on without the rule {name!r}: {error}")
-    rows = list(batches(held_out, stack.model, tokenizer, **{k: v for k, v in options.items() if k != "max_tokens"}))
-    chosen = {name: _least_important(stack, scores[name], number) for name in AUTO_RULES if name in scores}
-    proposals = {name: removed for name, (removed, _) in chosen.items()}
-    losses = held_out_losses(stack, proposals, rows, max_tokens=options.get("max_tokens"))
-    candidates = [{"by": name, "remove": proposals[name], "held_out_loss": losses[name]} for name in proposals]
-    best = min(candidates, key=lambda candidate: candidate["held_out_loss"])
-    return *chosen[best["by"]], scores[best["by"]], candidates

@@ -97,7 +97,7 @@ def test_plan_writes_what_prune_reads(model, text, tmp_path):
     plan_file = tmp_path / "plan.json"
     result = run("plan", model, "--ratio", 0.5, "--text", text, "--output", plan_file)
     plan = PruningPlan.load(plan_file)
-    assert len(plan.remove) == 2 and len(plan.candidates) == 4
+    assert len(plan.remove) == 2 and len(plan.candidates) == 6
     assert all(candidate["by"] in result.stdout for candidate in plan.candidates)
     run("prune", model, "--plan", plan_file, "--output", tmp_path / "pruned")
     assert PruningPlan.load(tmp_path / "pruned") == plan
@@ -151,6 +151,22 @@ def test_the_loss_gate_is_at_the_measured_increase(model, text, tmp_path):
     refused = prune(kept["increase"] * 0.99, tmp_path / "refused", 1)
     assert "rises" in refused.stderr and refused.stdout == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["just", "kept"]
+
+
+def test_prune_repairs_and_measures_the_repaired_model(model, tmp_path):
+    texts = [f"paragraph {i}: the quick brown fox jumps over the lazy dog {i * 7919} times." for i in range(80)]
+    text, output = tmp_path / "long.txt", tmp_path / "out"
+    text.write_text("\n\n".join(texts))
+    asked = ["prune", model, "--remove", 1, "--repair", "closed-form", "--text", text, "--output", output]
+    found = json.loads(run(*asked, "--max-loss-increase", 1000, "--json").stdout)
+    assert found["repair"]["method"] == "closed-form" and PruningPlan.load(output).repair == found["repair"]
+    saved = evaluate_model(load_model(output), halves(texts)[1], tokenizer=load_tokenizer(model))
+    assert saved.loss == pytest.approx(found["loss"]["after"], abs=1e-5)
+    assert (
+        "not known; expected one of 'closed-form'"
+        in run(*asked[:-4], "--output", tmp_path / "no", "--repair", "magic", code=2).stderr
+    )
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_model_that_fails_its_check_is_not_kept(model, tmp_path, monkeypatch):

@@ -284,8 +284,8 @@ def test_contradicting_arguments():
         prune_layers(model, plan, by="last", stack="model.layers", outputdir="x", verfy=False)
     with pytest.raises(LayerProbeError, match=r"Unused options \['outputdir'\]"):
         prune_layers(model, remove=[1], outputdir="x")
-    with pytest.raises(LayerProbeError, match="repair='lora' is not available in this version"):
-        prune_layers(model, plan, repair="lora")
+    with pytest.raises(LayerProbeError, match="repair='magic' is not known; expected one of 'closed-form'"):
+        prune_layers(model, plan, repair="magic")
     with pytest.raises(PruningError, match="made for 4 layers in 'model.layers'; this model has 3"):
         prune_layers(prune_layers(model, plan), plan)
     with pytest.raises(LayerProbeError, match="needs repo_id="):

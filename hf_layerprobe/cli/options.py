@@ -26,7 +26,7 @@ By = Annotated[
     str,
     typer.Option(
         help="The rule that chooses: `auto` measures several and takes the best; or one of avss-relative, "
-        "avss-published, avss-released, influence, angular, update-norm, cka, stable-rank, lid, taylor, bypass, docs, last, random."
+        "avss-published, avss-released, influence, angular, update-norm, cka, stable-rank, lid, taylor, bypass, docs, last, random; or combined, contiguous, greedy, beam."
     ),
 ]
 Ratio = Annotated[float | None, typer.Option(help="Share of the layers to remove, such as 0.25.")]

@@ -92,6 +92,13 @@ def prune(
         float | None,
         typer.Option(min=0, help="Keep no model whose mean token loss rises by more than this share; 0.2 is 20 %."),
     ] = None,
+    repair: Annotated[
+        str | None,
+        typer.Option(
+            help="Bring the pruned model back towards the original, without training: `closed-form`. Kept only if the loss on "
+            "text that it was not fitted to improves."
+        ),
+    ] = None,
     text: TextFile = None,
     column: Column = "text",
     max_tokens: MaxTokens = MAX_TOKENS,
@@ -101,8 +108,8 @@ def prune(
     """Remove layers and save a smaller, plain Transformers model.
 
     The saved model is loaded again and compared with the original whose removed layers are bypassed; if they differ, or
-    if --max-loss-increase is exceeded, nothing is left in the output folder and the exit code is 1. The loss is measured
-    on every other text; plans are made from the rest.
+    if --max-loss-increase is exceeded, nothing is left in the output folder and the exit code is 1. The loss is that of
+    the final model on every other text; plans are made from the rest, and repairs fitted to it.
 
     Examples:
 
@@ -112,18 +119,21 @@ def prune(
 
     - `hf-layerprobe prune ./my-model --plan plan.json --output smaller`
 
+    - `hf-layerprobe prune --num-layers 7 --repair closed-form --output smaller`
+
     - `hf-layerprobe prune org/model --plan someone/their-pruned-model --output smaller`
     """
     from .. import PruningPlan, prune_layers
-    from ..files import check_new_folder
-    from .inputs import note_on, open_model
+    from ..files import check_new_folder, new_folder
+    from .inputs import halves, note_on, open_model, read_texts
     from .outputs import number, ranges, show_json, show_table
 
     check_new_folder(output)
     if plan_file is not None:
         ignored = ["by", "ratio", "num_layers", "remove", "keep", "stack"]
         if max_loss_increase is None:
-            ignored += ["text", "column", "max_tokens"]  # only read to measure the loss
+            ignored += ["max_tokens"]  # only read to measure the loss
+            ignored += ["text", "column"] if repair is None else []
         given = [name for name in ignored if context.get_parameter_source(name).name != "DEFAULT"]
         if given:
             raise typer.BadParameter(
@@ -138,10 +148,13 @@ def prune(
             model, loaded, text, column, by=by, ratio=ratio, num_layers=num_layers, remove=remove, keep=keep,
             max_tokens=max_tokens, stack=stack,
         )  # fmt: skip
-    measured = None
-    if max_loss_increase is not None:
-        measured = _check_loss(model, loaded, chosen, text, column, max_tokens, max_loss_increase)
-    pruned = prune_layers(loaded, chosen, tokenizer=_tokenizer_if_any(model), output_dir=output)
+    tokenizer, measured = _tokenizer_if_any(model), None
+    calibration = halves(read_texts(text, column))[0] if repair is not None else None
+    with new_folder(output) as folder:  # so that a model that fails the check leaves nothing
+        pruned = prune_layers(loaded, chosen, tokenizer=tokenizer, output_dir=folder, repair=repair, data=calibration)
+        if max_loss_increase is not None:
+            measured = _check_loss(model, loaded, pruned, chosen, text, column, max_tokens, max_loss_increase)
+        done = PruningPlan.load(folder).repair
     sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (loaded, pruned)]
     note = note_on(model)
     if as_json:
@@ -153,6 +166,7 @@ def prune(
                 "by": chosen.by,
                 "parameters": {"before": sizes[0], "after": sizes[1]},
                 "loss": measured,
+                "repair": done or None,
                 "note": note,
             }
         )
@@ -162,7 +176,13 @@ def prune(
     ]
     if measured:
         rows.append(("token loss, nats", number(measured["before"]), number(measured["after"])))
-    show_table(f"Removed {ranges(chosen.remove)} by {chosen.by}; verified", ("", "before", "after"), rows, note)
+    if done:
+        losses = done["held_out_loss"]
+        rows.append(("repair, held-out loss", number(losses["pruned"]), number(losses["repaired"])))
+    title = f"Removed {ranges(chosen.remove)} by {chosen.by}; verified"
+    if done:
+        title += f"; {repair} repair {'kept' if done['kept'] else 'undone, since the loss did not improve'}"
+    show_table(title, ("", "before", "after"), rows, note)
     typer.echo(f"Model written to {output}")
 
 
@@ -180,26 +200,20 @@ def _make_plan(name, model, text, column, *, by, remove, keep, max_tokens, **req
     return plan_pruning(model, by=by, remove=remove, keep=keep, **request)
 
 
-def _check_loss(name, model, plan, text, column, max_tokens, limit) -> dict[str, float]:
-    """Mean token loss before and after, measured with the layers bypassed, before anything is written."""
-    from contextlib import ExitStack
-
+def _check_loss(name, model, pruned, plan, text, column, max_tokens, limit) -> dict[str, float]:
+    """Mean token loss before and after, on text that neither plan nor repair has seen."""
     from .. import evaluate_model
-    from ..stacks import bypassed, resolve_stack
     from .inputs import first_tokens, halves, open_tokenizer, read_texts
 
     tokenizer = open_tokenizer(name)
     texts = first_tokens(halves(read_texts(text, column))[1], tokenizer, max_tokens)
-    before = evaluate_model(model, texts, tokenizer=tokenizer).loss
-    with ExitStack() as bypasses:
-        for part in plan.parts:
-            bypasses.enter_context(bypassed(resolve_stack(model, part.stack), part.remove))
-        after = evaluate_model(model, texts, tokenizer=tokenizer).loss
+    found = evaluate_model(pruned, texts, tokenizer=tokenizer, baseline=model)
+    before, after = found.before.loss, found.after.loss
     increase = after / before - 1
     if not increase <= limit:
         raise VerificationError(
             f"Without layers {list(plan.remove)} the mean token loss rises from {before:.3f} to {after:.3f} nats, by "
-            f"{increase:.1%}; --max-loss-increase allows {limit:.1%}. Nothing was written. Remove fewer layers, or choose "
+            f"{increase:.1%}; --max-loss-increase allows {limit:.1%}. No model was kept. Remove fewer layers, or choose "
             "them by another rule."
         )
     return {"before": before, "after": after, "increase": increase}

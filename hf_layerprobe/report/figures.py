@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from ..files import write_atomically
 from ..scores import LayerScores, SimilarityMatrix
 from ..scores.registry import OURS
+from ..search import Curve
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#D9D9D9"
 # Diagonals (a layer with itself) and pairs that cannot be compared.
@@ -128,6 +129,32 @@ def difference_plot(scores: LayerScores, path: str | Path) -> Path:
         marks, ["interval excludes zero", "interval covers zero"], loc="outside lower center", ncols=2, frameon=False,
         fontsize=9,
     )  # fmt: skip
+    return _write(figure, path)
+
+
+def loss_curve(curve: Curve, path: str | Path) -> Path:
+    """Draws the loss against the number of layers removed, with the knee marked.
+
+    Args:
+        curve: From [`PruningPlan.curve`].
+        path: The PNG file to write.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(curve.numbers, curve.losses, marker="o", markersize=4, color=BLUE)
+    at = curve.numbers.index(curve.knee)
+    axes.plot(
+        curve.knee, curve.losses[at], marker="o", markersize=11, markerfacecolor="none", markeredgewidth=2, color=ORANGE
+    )
+    axes.set_title(
+        f"Knee at {curve.knee} of {curve.numbers[-1]} layers measured: {curve.losses[at]:.3f} nats a token, "
+        f"{curve.losses[0]:.3f} with all layers",
+        loc="left", fontsize=10,
+    )  # fmt: skip
+    axes.set(xlabel="layers removed (greedy)", ylabel="loss on calibration text, nats a token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     return _write(figure, path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -11,8 +11,6 @@ from transformers import PreTrainedModel
 from ..activations.data import Batch
 from ..errors import LayerProbeError
 from ..modes import evaluating
-from ..progress import progress
-from ..stacks import LayerStack, bypassed
 
 IGNORED = -100
 # Logits are taken through the softmax this many rows at a time: in float32 they are the largest tensor of the pass.
@@ -60,32 +58,25 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def held_out_losses(
-    stack: LayerStack, removals: Mapping[str, Sequence[int]], data: Sequence[Batch], *, max_tokens: int | None = None
-) -> dict[str, float]:
-    """Mean next-token loss (nats) of a decoder-only model under each removal, its layers bypassed in place.
+def next_token_loss(model: PreTrainedModel, data: Iterable[Batch], *, max_tokens: int | None = None) -> float:
+    """Mean next-token loss of a decoder-only model, nats; padding is neither read nor predicted.
 
     Raises:
-        LayerProbeError: Not a causal language model, or data without two tokens in a row.
+        LayerProbeError: Data without two tokens in a row.
     """
-    model = stack.model
-    check_causal(model)
-    losses = {}
+    total, tokens = 0.0, 0
     with evaluating(model), torch.no_grad():
-        for name, removed in progress(removals.items(), desc="Measuring plans", unit="plan"):
-            total, tokens = 0.0, 0
-            with bypassed(stack, removed):
-                for batch in data:
-                    ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-                    labels = torch.where(mask[:, 1:].bool(), ids[:, 1:], IGNORED)
-                    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-                    total += summed_loss(logits, labels).item()
-                    tokens += int((labels != IGNORED).sum())
-                    if max_tokens is not None and tokens >= max_tokens:
-                        break
-            if not tokens:
-                raise LayerProbeError(
-                    "No text to measure on has a second token, so there is nothing to predict. Pass longer texts."
-                )
-            losses[name] = total / tokens
-    return losses
+        for batch in data:
+            ids = batch["input_ids"].to(model.device)
+            mask = batch.get("attention_mask", torch.ones_like(ids)).to(model.device)
+            labels = torch.where(mask[:, 1:].bool(), ids[:, 1:], IGNORED)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            total += summed_loss(logits, labels).item()
+            tokens += int((labels != IGNORED).sum())
+            if max_tokens is not None and tokens >= max_tokens:
+                break
+    if not tokens:
+        raise LayerProbeError(
+            "No text to measure on has a second token, so there is nothing to predict. Pass longer texts."
+        )
+    return total / tokens

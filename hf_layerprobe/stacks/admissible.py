@@ -86,6 +86,11 @@ def first_admissible(stack: LayerStack, proposals: Sequence[Sequence[int]]) -> t
     raise _explained(stack, *first)
 
 
+def can_go(stack: LayerStack, removed: Sequence[int]) -> bool:
+    """Whether the model can be built without these layers."""
+    return _refusal(stack, [i for i in range(stack.num_layers) if i not in removed]) is None
+
+
 def _refusal(stack: LayerStack, keep: Sequence[int]) -> Refusal | None:
     try:
         edit_stacks({stack: keep})

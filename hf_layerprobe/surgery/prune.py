@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def prune_layers(
     revision: str | None = None,
     token: str | bool | None = None,
     verify: bool = True,
-    repair: None = None,
+    repair: Any = None,
     **options: Any,
 ) -> PreTrainedModel | PeftModel:
     """Removes layers and returns a smaller, plain model of the same class; the given model is left as it was.
@@ -57,7 +58,7 @@ def prune_layers(
         ratio: Share of the layers to remove.
         num_layers: Number of layers to remove.
         by: The rule that chooses them.
-        data: Calibration data for the rule.
+        data: Calibration data for the rule and the repair.
         stack: Path of the stack; the main one by default.
         tokenizer: For texts in `data`; also saved into `output_dir` when given.
         output_dir: A new or empty folder for the model: config, safetensors, generation config, tokenizer, plan and model card.
@@ -70,7 +71,9 @@ def prune_layers(
         token: The token for the Hub, for loading and pushing; by default the one of `hf auth login` or `HF_TOKEN`.
         verify: Check that the model (reloaded from the folder, if there is one) computes what the original does with the
             removed layers bypassed, and that it generates the same with its cache as without.
-        repair: Reserved; this version has no training after pruning.
+        repair: How to bring the pruned model back towards the original, with `data`: `"closed-form"` (training-free), or
+            settings such as `ClosedForm(max_tokens=...)`; see [`repair_model`]. Done after the check, and undone where the loss
+            on held-out data does not improve; the plan in `output_dir` records it.
         options: Options of [`score_layers`] for the rule.
 
     Returns:
@@ -82,9 +85,11 @@ def prune_layers(
         HubError: The push cannot or did not succeed.
     """
     if repair is not None:
-        raise LayerProbeError(
-            f"repair={repair!r} is not available in this version; prune first, then fine-tune the result with a Trainer."
-        )
+        from ..repair import repair_config  # a room behind this one
+
+        repair = repair_config(repair)
+        if data is None:
+            raise LayerProbeError("A repair is fitted to data: pass data= (and tokenizer= for texts).")
     if push_to_hub and not (repo_id and output_dir):
         raise LayerProbeError("push_to_hub=True needs repo_id= ('user/name') and output_dir= (the folder to upload).")
     if output_dir is not None:
@@ -108,10 +113,15 @@ def prune_layers(
     elif any(value is not None for value in (ratio, num_layers, remove, keep)):
         raise PruningError("Pass a plan, or say what to remove; not both.")
     else:
-        given = {"by": by if by != "auto" else None, "data": data, "stack": stack}
+        given = {"by": by if by != "auto" else None, "data": None if repair else data, "stack": stack}
         given = {name: value for name, value in given.items() if value is not None}
         refuse_options({**given, **options}, "the plan says what to remove")
     adapted = model if is_peft_model(model) else None
+    if adapted and repair is not None:
+        raise PruningError(
+            "A repair changes the weights under the adapters, which were trained for others. Merge them first "
+            "(`model = model.merge_and_unload()`), or leave repair= out."
+        )
     plain = without_adapters(adapted) if adapted else model
     kept, removed = {}, {}
     for part in plan.parts:
@@ -123,6 +133,9 @@ def prune_layers(
         pruned = with_adapters(adapted, pruned, kept) if adapted else pruned
         if verify:
             _verify(adapted, removed, pruned)
+        own_tensors(pruned)
+        if repair is not None:
+            _repair(pruned, model, plan, data, repair, tokenizer)
     else:
         from ..report import write_card  # the last room: it stands behind this one, and matplotlib is slow to import
 
@@ -131,7 +144,6 @@ def prune_layers(
             if adapted:
                 pruned = with_adapters(adapted, pruned, kept)
                 save_adapters(pruned, folder, repo_id)
-            write_card(folder, plain, repo_id)
             if verify:
                 reloaded = (
                     type(plain).from_pretrained(folder, dtype=plain.dtype, local_files_only=True).to(plain.device)
@@ -140,7 +152,11 @@ def prune_layers(
                     reloaded = load_adapters(reloaded, folder, list(adapted.peft_config))
                 _verify(adapted, removed, reloaded)
                 del reloaded
-    own_tensors(pruned)
+            own_tensors(pruned)
+            if repair is not None:
+                plan = _repair(pruned, model, plan, data, repair, tokenizer)
+                _save(pruned, folder, plan, tokenizer)
+            write_card(folder, plain, repo_id)
     if push_to_hub:
         push_model(
             output_dir, repo_id, private=private, revision=revision, token=token,
@@ -182,6 +198,20 @@ def check_prunable(model: Any) -> None:
     if packed or (quantizer is not None and "gguf" not in type(quantizer).__name__.lower()):
         kind = type(quantizer).__name__ if quantizer is not None else f"{packed} is not floating point"
         raise PruningError(f"{name} is quantised ({kind}); prune the unquantised model and quantise the result.")
+
+
+def _repair(pruned: PreTrainedModel, model: PreTrainedModel, plan: PruningPlan, data, repair, tokenizer) -> PruningPlan:
+    """Repairs each stack, and returns the plan with a record of it."""
+    from ..repair import repair_model
+
+    parts = [
+        replace(
+            part,
+            repair=repair_model(pruned, model, part.keep, data, repair=repair, stack=part.stack, tokenizer=tokenizer),
+        )
+        for part in plan.parts
+    ]
+    return replace(parts[0], also=tuple(parts[1:]))
 
 
 def _message(plan: PruningPlan) -> str:

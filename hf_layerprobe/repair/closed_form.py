@@ -1,0 +1,99 @@
+"""Training-free repair: after a cut, the layers' last matrices are fitted to bring the stream back to the original's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..activations.steps import Steps
+from ..activations.text import Batch
+from ..progress import progress
+from ..stacks import LayerStack
+from .least_squares import Normal, best_change
+from .sites import Site, find_site
+
+# A token whose stream is this many times as long as the median one's is left out: a few of them own the squared error.
+MASSIVE = 4.0
+
+
+class Track:
+    """One batch in both models: the original's stream, and the pruned model's at the same depth."""
+
+    def __init__(self, original: LayerStack, batch: Batch, fixed: dict[str, Any]):
+        self.steps = Steps(original, batch, **fixed)
+        self.target = self.stream = self.steps.start
+
+    def weights(self, wanted: torch.Tensor) -> torch.Tensor:
+        """Of each token, 1 / ‖wanted‖², so that errors are relative; 0 for massive tokens and padding, `[batch, tokens]`."""
+        norm = wanted.float().norm(dim=-1)
+        counted = torch.ones_like(norm, dtype=torch.bool) if self.steps.mask is None else self.steps.mask
+        used = counted & (norm < MASSIVE * norm[counted].median())
+        return torch.where(used, norm.clamp_min(1e-6) ** -2, 0.0)
+
+
+def fit(
+    original: LayerStack,
+    pruned: LayerStack,
+    keep: Sequence[int],
+    fitted: Sequence[Batch],
+    held_out: Sequence[Batch],
+    fixed: dict[str, Any],
+) -> list[tuple[int, float, Site]]:
+    """Fits, in depth order, the `down` matrix of every layer from the one before the first cut on.
+
+    Our own method, after ReplaceMe (arXiv 2505.02819) and LinearPatch (arXiv 2505.24680), which fit one map at one cut: each
+    layer of the pruned model, reading what the repaired layers before it wrote, is brought towards the stream that the
+    original has after the layer in its place and the removed ones behind it. Errors are relative to the token's stream,
+    massive tokens are left out, and each layer's ridge (or no change) is chosen on the held-out batches.
+
+    Args:
+        original: The stack of the untouched model.
+        pruned: The stack of the pruned one; changed in place.
+        keep: The original's layers in it.
+        fitted: Batches to fit on.
+        held_out: Batches to choose each ridge on.
+        fixed: Further arguments of the original's forward pass.
+
+    Returns:
+        For each layer that was changed its index in the original, the share of the held-out error taken away, and the place,
+        which can be restored.
+
+    Raises:
+        LayerProbeError: Layers that cannot be run one at a time, or whose last matrix is not simply added.
+    """
+    parts = [[Track(original, batch, fixed) for batch in batches] for batches in (fitted, held_out)]
+    tracks = [track for part in parts for track in part]
+    first_cut = next(i for i in range(original.num_layers) if i not in keep)
+    changed = []
+    for position, index in enumerate(progress(keep, desc="Closed-form repair", unit="layer")):
+        last = keep[position + 1] - 1 if position + 1 < len(keep) else original.num_layers - 1
+        layer = pruned.layers[position]
+        for track in tracks:
+            for depth in range(index, last + 1):
+                track.target = track.steps.run(original.layers[depth], depth, track.target)
+        if last < first_cut:
+            for track in tracks:
+                track.stream = track.target
+            continue
+        site = find_site(layer, lambda: tracks[0].steps.run(layer, index, tracks[0].stream))  # noqa: B023
+        sums = [Normal(), Normal()]
+        for part, equations in zip(parts, sums, strict=True):
+            for track in part:
+                read, total = site.observe(lambda: track.steps.run(layer, index, track.stream))  # noqa: B023
+                wanted = site.wanted(total, track.target)
+                read, residual, weights = _with_bias(read, site.matrix), wanted - total, track.weights(wanted)
+                equations.update(read.flatten(0, -2), residual.flatten(0, -2), weights.flatten())
+        change, share = best_change(*sums)
+        if change is not None:
+            site.add(change)
+            changed.append((index, share, site))
+        for track in tracks:
+            track.stream = track.steps.run(layer, index, track.stream)
+    return changed
+
+
+def _with_bias(read: torch.Tensor, matrix: nn.Module) -> torch.Tensor:
+    return read if matrix.bias is None else torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)

@@ -1,0 +1,174 @@
+"""Which layers a rule chooses: by a score, by a search, or by whichever of several measures best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..activations import batches
+from ..activations.data import text_rows
+from ..activations.text import Batch
+from ..errors import LayerProbeError
+from ..scores import LayerScores, score_layers
+from ..scores.combined import NAME as COMBINED
+from ..scores.combined import PARTS, combined
+from ..scores.loss import check_causal
+from ..scores.registry import get_score
+from ..stacks import LayerStack
+from ..stacks.admissible import can_go, first_admissible, least_worth
+from .losses import SetLosses
+from .rules import RULES, Found, refine
+
+# What `by="auto"` measures against each other: cheap rules, each with its own blind spot, and the best single block.
+AUTO_RULES = ("avss-relative", "influence", "docs", "last", COMBINED)
+AUTO_SEARCHES = ("contiguous",)
+# With a budget, the slower searches too.
+BUDGET_SEARCHES = ("contiguous", "greedy")
+# Tokens that a set is measured on in a search: many sets, so few tokens.
+SEARCH_TOKENS = 2048
+SEARCH_OPTIONS = ("minutes", "resume")
+NEEDS = (
+    "by={by!r} measures several sets of layers on text, so it needs data= with at least two texts, and tokenizer=. Without "
+    "data, by='docs' ranks by the weights alone."
+)
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layers that a rule chooses.
+
+    Attributes:
+        remove: Layers to remove.
+        by: The rule.
+        note: Why others than the lowest, where a score's lowest layers cannot go together.
+        scores: The score behind it, if there is one.
+        candidates: Every set that was measured on held-out text, for `"auto"`.
+        path: Of a greedy search, the best set found of each size with its loss, from none on.
+    """
+
+    remove: tuple[int, ...]
+    by: str
+    note: str = ""
+    scores: LayerScores | None = None
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    path: list[dict[str, Any]] = field(default_factory=list)
+
+
+def choose(stack: LayerStack, data: Any, number: int, by: str, tokenizer, options: dict[str, Any]) -> Choice:
+    """The `number` layers that a rule would remove; see [`plan_pruning`] for the arguments."""
+    if by == "auto":
+        return _auto(stack, data, number, tokenizer, options)
+    if by in RULES:
+        found = _search(stack, _texts(data, tokenizer, by), number, by, tokenizer, options)
+        return Choice(found.removed, by, path=found.path)
+    if by == COMBINED:
+        if data is None:
+            raise LayerProbeError(f"by={by!r} is half measured on activations, so data is needed (data=, tokenizer=).")
+        parts = [
+            score_layers(stack.model, data, by=name, stack=stack, tokenizer=tokenizer, **options)
+            if get_score(name).needs_data
+            else score_layers(stack.model, by=name, stack=stack)
+            for name in PARTS
+        ]
+        scores = combined(*parts)
+    else:
+        scores = score_layers(stack.model, data, by=by, stack=stack, tokenizer=tokenizer, **options)
+    removed, note = _least_important(stack, scores, number)
+    return Choice(tuple(removed), scores.name, note, scores)
+
+
+def _least_important(stack: LayerStack, scores: LayerScores, number: int) -> tuple[list[int], str]:
+    """The least important layers that can go together, and why they are others than the lowest ones."""
+    lowest = scores.least_important(number)
+    if not isinstance(stack.model, PreTrainedModel):  # scores can be had of anything, and plans for it made by hand
+        return lowest, ""
+    if blocks := scores.blocks(number):
+        return first_admissible(stack, blocks)
+    return least_worth(stack, scores.importance, number)
+
+
+def _texts(data: Any, tokenizer, by: str) -> list[str]:
+    needs = NEEDS.format(by=by)
+    try:
+        texts = [text for text in text_rows(data) if text.strip()]
+    except LayerProbeError as error:
+        raise LayerProbeError(f"{needs} {error}") from error
+    if len(texts) < 2 or tokenizer is None:
+        found = f"Got {len(texts)} texts that are not empty{', and no tokenizer' if tokenizer is None else ''}."
+        raise LayerProbeError(f"{needs} {found}")
+    return texts
+
+
+def _batches(
+    stack: LayerStack, texts: Iterable[str], tokenizer, options: dict[str, Any], most: int | None
+) -> list[Batch]:
+    reading = {name: value for name, value in options.items() if name not in (*SEARCH_OPTIONS, "max_tokens")}
+    limit = options.get("max_tokens") or most
+    limit = limit if most is None else min(limit, most)
+    return list(batches(texts, stack.model, tokenizer, max_tokens=limit, **reading))
+
+
+def _search(stack: LayerStack, texts: Sequence[str], number: int, by: str, tokenizer, options: dict[str, Any]) -> Found:
+    searching = {name: options[name] for name in SEARCH_OPTIONS if name in options}
+    losses = SetLosses(stack, _batches(stack, texts, tokenizer, options, SEARCH_TOKENS), **searching)
+    return RULES[by](losses, number, lambda removed: can_go(stack, removed))
+
+
+def _auto(stack: LayerStack, data: Any, number: int, tokenizer, options: dict[str, Any]) -> Choice:
+    """The choice with the lowest loss on texts that no choice was made from."""
+    texts = _texts(data, tokenizer, "auto")
+    check_causal(stack.model)
+    calibration, held_out = texts[::2], texts[1::2]
+    scoring = {name: value for name, value in options.items() if name not in SEARCH_OPTIONS}
+    choices = _by_score(stack, calibration, number, tokenizer, scoring)
+    searching = {name: options[name] for name in SEARCH_OPTIONS if name in options}
+    losses = SetLosses(stack, _batches(stack, calibration, tokenizer, options, SEARCH_TOKENS), **searching)
+
+    def admissible(removed: Sequence[int]) -> bool:
+        return can_go(stack, removed)
+
+    for rule in BUDGET_SEARCHES if "minutes" in options else AUTO_SEARCHES:
+        try:
+            found = RULES[rule](losses, number, admissible)
+        except LayerProbeError as error:  # no such set, or no time left; the other rules do without it
+            logger.warning(f"by='auto' goes on without the rule {rule!r}: {error}")
+            continue
+        choices.append(Choice(found.removed, rule, path=found.path))
+    if "minutes" in options and not losses.out_of_time:
+        losses.measure([choice.remove for choice in choices], desc="Plans")
+        start = min((c.remove for c in choices if c.remove in losses.known), key=losses.known.get)
+        choices.append(Choice(refine(losses, start, admissible), "swaps"))
+    measured = SetLosses(stack, _batches(stack, held_out, tokenizer, options, None))
+    held_out_loss = measured.measure([choice.remove for choice in choices], desc="Measuring plans")
+    candidates = [
+        {"by": choice.by, "remove": list(choice.remove), "held_out_loss": held_out_loss[choice.remove]}
+        for choice in choices
+    ]
+    best = min(choices, key=lambda choice: held_out_loss[choice.remove])
+    return Choice(best.remove, "auto", best.note, best.scores, candidates, best.path)
+
+
+def _by_score(stack: LayerStack, calibration: Sequence[str], number: int, tokenizer, options) -> list[Choice]:
+    """A choice by each cheap score, the combination of two of them included."""
+    names = [name for name in AUTO_RULES if name != COMBINED]
+    streamed = [name for name in names if get_score(name).needs_data]
+    scores = score_layers(stack.model, calibration, by=streamed, stack=stack, tokenizer=tokenizer, **options)
+    for name in names:
+        if name not in scores:
+            try:
+                scores[name] = score_layers(stack.model, by=name, stack=stack)
+            except LayerProbeError as error:  # matrices of an unknown layout; the other rules do without them
+                logger.warning(f"by='auto' goes on without the rule {name!r}: {error}")
+    if all(name in scores for name in PARTS):
+        scores[COMBINED] = combined(*(scores[name] for name in PARTS))
+    choices = []
+    for name in AUTO_RULES:
+        if name in scores:
+            removed, note = _least_important(stack, scores[name], number)
+            choices.append(Choice(tuple(removed), name, note, scores[name]))
+    return choices

@@ -1,0 +1,131 @@
+"""Ways to a good set of layers, all by measuring: one block, one layer at a time, several at a time, by swaps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import LayerProbeError, PruningError
+from .losses import Removed, SetLosses
+
+# Beam: sets kept in each round. Only so many layers are tried next, those that cost least in the round before.
+WIDTH = 3
+TRIED = 12
+
+Admissible = Callable[[Removed], bool]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        removed: The set of layers.
+        path: The best set of each smaller size that it met on its way, with its loss; empty for searches that meet none.
+    """
+
+    removed: Removed
+    path: list[dict[str, Any]] = field(default_factory=list)
+
+
+def contiguous(losses: SetLosses, number: int, admissible: Admissible) -> Found:
+    """The block of neighbouring layers that costs least (as in arXiv 2403.17887, but by the loss itself).
+
+    Raises:
+        PruningError: No block can go.
+    """
+    total = losses.stack.num_layers
+    blocks = [tuple(range(first, first + number)) for first in range(total - number + 1)]
+    return Found(_best(losses, [block for block in blocks if admissible(block)], number, "Blocks"))
+
+
+def greedy(losses: SetLosses, number: int, admissible: Admissible) -> Found:
+    """One layer after the other, each time the one whose removal costs least (SLEB, arXiv 2402.09025).
+
+    Unlike there, the first and the last layer may go, and after the first round only the layers that cost least in the
+    round before are tried.
+
+    Raises:
+        PruningError: No set can go.
+    """
+    return beam(losses, number, admissible, width=1)
+
+
+def beam(losses: SetLosses, number: int, admissible: Admissible, *, width: int = WIDTH) -> Found:
+    """Greedy removal that carries on with several sets at a time (our own definition).
+
+    Raises:
+        PruningError: No set can go.
+    """
+    total = losses.stack.num_layers
+    sets: list[Removed] = [()]
+    path = [_entry((), losses.measure([()], desc="No layer removed"))]
+    order: Sequence[int] = range(total)
+    for size in range(1, number + 1):
+        last = size == number
+        candidates = {tuple(sorted((*each, layer))) for each in sets for layer in order if layer not in each}
+        candidates = [each for each in candidates if not last or admissible(each)]
+        found = losses.measure(candidates, desc=f"{size} of {number} layers")
+        if len(found) < len(candidates):
+            raise LayerProbeError(
+                f"The time was up after {size - 1} of {number} layers were chosen. Give the search more minutes or fewer "
+                "tokens, or pass resume= to go on where it stopped."
+            )
+        if not found:
+            raise _none(losses, number)
+        sets = sorted(found, key=found.get)[:width]
+        path.append(_entry(sets[0], found))
+        # What a layer costs in the best set that it is in says which to try next.
+        cost = {layer: min((loss for each, loss in found.items() if layer in each), default=None) for layer in order}
+        order = sorted((layer for layer in cost if cost[layer] is not None), key=cost.get)[: TRIED + size]
+    return Found(sets[0], path)
+
+
+def refine(losses: SetLosses, removed: Removed, admissible: Admissible) -> Removed:
+    """Swaps a removed layer for a neighbour or for one of the layers next to the set, as long as that helps.
+
+    Stops when no swap helps or the time is up.
+    """
+    best = removed
+    losses.measure([best])
+    while not losses.out_of_time:
+        found = losses.measure(
+            [each for each in _swaps(best, losses.stack.num_layers) if admissible(each)], desc="Swaps"
+        )
+        better = min(found, key=found.get, default=best)
+        if not found or found[better] >= losses.known[best]:
+            break
+        best = better
+    return best
+
+
+def _swaps(removed: Removed, total: int) -> Iterable[Removed]:
+    beside = {near for layer in removed for near in (layer - 1, layer + 1) if 0 <= near < total} - set(removed)
+    return {tuple(sorted({*removed, new} - {old})) for old in removed for new in beside}
+
+
+def _entry(removed: Removed, found: dict[Removed, float]) -> dict[str, Any]:
+    if removed not in found:
+        raise LayerProbeError("The time was up before anything was measured. Give the search more minutes.")
+    return {"remove": list(removed), "loss": found[removed]}
+
+
+def _best(losses: SetLosses, sets: Sequence[Removed], number: int, desc: str) -> Removed:
+    if not sets:
+        raise _none(losses, number)
+    found = losses.measure(sets, desc=desc)
+    if not found:
+        raise LayerProbeError("The time was up before one set was measured. Give the search more minutes.")
+    return min(found, key=found.get)
+
+
+def _none(losses: SetLosses, number: int) -> PruningError:
+    return PruningError(f"No {number} layers of {losses.stack.path!r} that were tried can go together.")
+
+
+RULES: dict[str, Callable[[SetLosses, int, Admissible], Found]] = {
+    "contiguous": contiguous,
+    "greedy": greedy,
+    "beam": beam,
+}

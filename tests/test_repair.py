@@ -1,0 +1,183 @@
+"""Closed-form repair: the regression against NumPy, what it recovers exactly, and that nothing worse is ever kept."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_layerprobe import LayerProbeError, PruningPlan, plan_pruning, prune_layers
+from hf_layerprobe.repair import ClosedForm, repair_model
+from hf_layerprobe.repair.least_squares import Normal, best_change
+from hf_layerprobe.stacks import resolve_stack
+
+
+def text_batches(number=8, rows=4, tokens=24, **extra):
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(3, 60, (rows, tokens), generator=generator), **extra} for _ in range(number)]
+
+
+def inputs_for(family):
+    generator = torch.Generator().manual_seed(0)
+    if family == "vit":
+        return [{"pixel_values": torch.rand((8, 3, 16, 16), generator=generator)} for _ in range(8)]
+    ids = text_batches()
+    if family == "whisper":
+        features = [torch.rand((4, 16, 48), generator=generator) for _ in ids]
+        return [
+            {"input_features": each, "decoder_input_ids": batch["input_ids"]}
+            for each, batch in zip(features, ids, strict=True)
+        ]
+    if family in ("t5", "bart"):
+        return [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in ids]
+    return ids
+
+
+def saying(model, data):
+    """The batches, labelled with what a model says itself."""
+    with torch.no_grad():
+        said = [model(**batch).logits[:, :-1].argmax(-1) for batch in data]
+    return [
+        {**batch, "labels": torch.cat([torch.full_like(each[:, :1], -100), each], dim=1)}
+        for batch, each in zip(data, said, strict=True)
+    ]
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_regression_is_the_weighted_ridge_of_numpy():
+    generator = np.random.default_rng(0)
+    read, residual = generator.normal(size=(50, 7)), generator.normal(size=(50, 3))
+    weight = generator.uniform(size=50) * (generator.uniform(size=50) > 0.2)
+    equations = Normal()
+    for part in (slice(0, 20), slice(20, 50)):  # token by token or at once is the same
+        equations.update(*(torch.tensor(each[part], dtype=torch.float32) for each in (read, residual, weight)))
+    gram = read.T @ (weight[:, None] * read)
+    wanted = np.linalg.solve(gram + 0.3 * np.diag(gram).mean() * np.eye(7), read.T @ (weight[:, None] * residual))
+    found = equations.solve(0.3)
+    assert np.allclose(found, wanted, atol=1e-5)
+    error = (weight[:, None] * (residual - read @ wanted) ** 2).sum()
+    assert equations.error_of(found) == pytest.approx(error, rel=1e-4)
+
+
+def test_what_does_not_hold_elsewhere_is_not_fitted():
+    read, residual, weight = torch.randn(40, 5), torch.randn(40, 2), torch.ones(40)
+    fit, same_again, opposite = Normal(), Normal(), Normal()
+    fit.update(read, residual, weight)
+    same_again.update(read, residual, weight)
+    opposite.update(read, -residual, weight)
+    change, share = best_change(fit, same_again)
+    assert change is not None and share > 0
+    assert best_change(fit, opposite) == (None, 0.0)
+
+
+def test_a_layer_that_writes_a_constant_is_replaced_exactly():
+    """Its constant fits into the bias of the matrix before it."""
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        for matrix in (model.transformer.h[1].attn.c_proj, model.transformer.h[1].mlp.c_proj):
+            matrix.weight.zero_()
+            matrix.bias.normal_(generator=torch.Generator().manual_seed(1))
+    pruned = prune_layers(model, remove=[1])
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        wanted, before = model(ids).logits, pruned(ids).logits
+        found = repair_model(pruned, model, [0, 2, 3], saying(model, text_batches(12)))
+        after = pruned(ids).logits
+    assert found["kept"] and found["layers"][0]["layer"] == 0 and found["layers"][0]["error_removed"] > 0.99
+    assert (after - wanted).norm() < 0.1 * (before - wanted).norm()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "bert", "t5", "bart", "vit", "whisper"])
+def test_families_come_closer_to_the_original(family):
+    model, data = tiny_model(family), inputs_for(family)
+    causal = family in ("gpt2", "gpt_neox", "opt")
+    data = saying(model, data) if causal else data  # next tokens of random text say nothing
+    pruned = prune_layers(model, remove=[1])
+    pruned.train()
+    untouched, plain = weights(model), weights(pruned)
+    keep = [i for i in range(resolve_stack(model).num_layers) if i != 1]
+    found = repair_model(pruned, model, keep, data)
+    losses = found["held_out_loss"]
+    assert found["kept"] and losses["repaired"] < losses["pruned"]
+    assert found["loss"] == ("labels" if causal else "distance to the original")
+    assert same(untouched, weights(model)) and pruned.training and not model.training
+    changed = {name for name, tensor in pruned.state_dict().items() if not torch.equal(tensor, plain[name])}
+    assert changed and all(".1." in n or ".0." in n or ".2." in n or ".3." in n for n in changed)
+
+
+def test_a_repair_that_makes_things_worse_is_undone():
+    """The labels are what the pruned model says itself, so whatever changes it makes its loss worse."""
+    model = tiny_model("llama")
+    pruned = prune_layers(model, remove=[1])
+    data = saying(pruned, text_batches())
+    plain = weights(pruned)
+    found = repair_model(pruned, model, [0, 2, 3], data)
+    assert not found["kept"] and found["loss"] == "labels" and found["layers"]
+    assert found["held_out_loss"]["repaired"] > found["held_out_loss"]["pruned"]
+    assert same(plain, weights(pruned))
+
+
+def test_padding_never_counts():
+    """What the padded positions hold changes nothing."""
+    model = tiny_model("bert")
+    mask = (torch.arange(24)[None] < torch.tensor([24, 10, 17, 5])[:, None]).long()
+    repaired = []
+    for filler in (0, 7):
+        data = text_batches(attention_mask=mask)
+        for batch in data:
+            batch["input_ids"] = torch.where(mask.bool(), batch["input_ids"], filler)
+        pruned = prune_layers(model, remove=[1])
+        repair_model(pruned, model, [0, 2, 3], data)
+        repaired.append(weights(pruned))
+    for name, tensor in repaired[0].items():
+        assert torch.allclose(tensor, repaired[1][name], atol=1e-4), name
+
+
+def test_prune_and_repair_in_one_call(tmp_path):
+    model = tiny_model("gpt2")
+    plan = plan_pruning(model, remove=[1])
+    data = saying(model, text_batches())
+    pruned = prune_layers(model, plan, data=data, repair="closed-form", output_dir=tmp_path / "model")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert same(weights(pruned), weights(reloaded))
+    assert not same(weights(pruned), weights(prune_layers(model, plan)))
+    stored = PruningPlan.load(tmp_path / "model")
+    assert stored.remove == plan.remove and stored.repair["kept"] and stored.repair["method"] == "closed-form"
+    assert json.loads((tmp_path / "model" / "pruning_plan.json").read_text())["repair"]["settings"]["max_length"] == 512
+
+
+def test_repair_from_texts():
+    texts = [f"text {i}: the quick brown fox jumps over the lazy dog" for i in range(40)]
+    settings = ClosedForm(max_length=24, batch_size=2, max_tokens=1000)
+    model = tiny_model("gpt_neox")
+    repaired, plain = (
+        prune_layers(model, remove=[1], data=texts, tokenizer=tiny_tokenizer(), repair=each)
+        for each in (settings, None)
+    )
+    assert not same(weights(repaired), weights(plain))
+
+
+@pytest.mark.parametrize(
+    "family, data, repair, message",
+    [
+        ("llama", text_batches(), "magic", "repair='magic' is not known; expected one of 'closed-form'"),
+        ("llama", None, "closed-form", "pass data="),
+        ("llama", text_batches(1), "closed-form", "makes 1 batch"),
+        ("mixtral", text_batches(), "closed-form", "0 plain down matrices (a mixture of experts has none)"),
+        ("gemma3", text_batches(), "closed-form", "does not add the output of its down matrix to the stream as it is"),
+    ],
+)
+def test_what_cannot_be_repaired(family, data, repair, message):
+    model = tiny_model(family)
+    with pytest.raises(LayerProbeError) as error:
+        prune_layers(model, remove=[1], data=data, repair=repair)
+    assert message in str(error.value)

@@ -1,0 +1,201 @@
+"""Searching for sets of layers: the losses are those of the pruned models, and the searches find what they claim."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from scipy.stats import rankdata
+from tiny import TEXT, redrawn, tiny_model, tiny_tokenizer
+
+from hf_layerprobe import LayerProbeError, PruningError, plan_pruning, prune_layers, score_layers
+from hf_layerprobe.report import loss_curve
+from hf_layerprobe.scores.loss import next_token_loss
+from hf_layerprobe.search import Curve, SetLosses
+from hf_layerprobe.search.rules import beam, contiguous, greedy, refine
+from hf_layerprobe.stacks import resolve_stack
+
+TEXTS = [f"text {i}: the quick brown fox {i * 7919} jumps over the lazy dog" for i in range(12)]
+SIX = dict(TEXT, num_hidden_layers=6, num_key_value_heads=2)
+
+
+def batches(rows=3, tokens=12, number=2):
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.arange(tokens)[None] < torch.tensor([tokens, 5, tokens - 2])[:rows, None]).long()
+    return [
+        {"input_ids": torch.randint(3, 60, (rows, tokens), generator=generator), "attention_mask": mask}
+        for _ in range(number)
+    ]
+
+
+def any_set(_removed):
+    return True
+
+
+@pytest.fixture(scope="module")
+def six():
+    """A model of six layers, and the loss without each set of two of them."""
+    stack = resolve_stack(redrawn(tf.LlamaForCausalLM(tf.LlamaConfig(**SIX))))
+    losses = SetLosses(stack, batches())
+    return stack, losses.measure(combinations(range(6), 2))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral", "gpt_neox", "opt"])
+def test_losses_are_those_of_the_pruned_models(family):
+    model = tiny_model(family).train()
+    stack, data = resolve_stack(model), batches()
+    losses = SetLosses(stack, data)
+    found = losses.measure([(), (0,), (2,), (1, 2), (3,)])
+    assert losses._stepwise
+    for removed, loss in found.items():
+        pruned = prune_layers(model, remove=removed) if removed else model
+        assert loss == pytest.approx(next_token_loss(pruned, data), rel=1e-5), removed
+    assert model.training and all("forward" not in vars(layer) for layer in stack.layers)
+
+
+def test_layers_that_cannot_be_stepped_through_are_bypassed(six):
+    stack, wanted = six
+    losses = SetLosses(stack, batches())
+    losses._stepwise = False
+    for removed, loss in losses.measure([(0, 1), (2, 4)]).items():
+        assert loss == pytest.approx(wanted[removed], rel=1e-5)
+
+
+def test_each_set_is_measured_once_from_where_it_differs():
+    stack = resolve_stack(tiny_model("llama"))
+    losses = SetLosses(stack, batches(number=1))
+    runs = []
+    for index, layer in enumerate(stack.layers):
+        layer.register_forward_hook(lambda *_, index=index: runs.append(index))
+    losses.measure([(i,) for i in range(4)])
+    # The trial; then all layers once for what they are called with, and those behind each removed one.
+    assert runs[-4 - (3 + 0 + 1 + 2) :].count(0) <= 2
+    before = len(runs)
+    losses.measure([(0,), (3,)])
+    assert len(runs) == before
+
+
+def test_the_best_block(six):
+    stack, wanted = six
+    found = contiguous(SetLosses(stack, batches()), 2, any_set)
+    assert found.removed == min(((i, i + 1) for i in range(5)), key=wanted.get)
+
+
+def test_greedy_takes_the_best_next_layer(six):
+    stack, wanted = six
+    losses = SetLosses(stack, batches())
+    found = greedy(losses, 2, any_set)
+    single = losses.measure([(i,) for i in range(6)])
+    first = min(single, key=single.get)[0]
+    assert found.removed == min((each for each in wanted if first in each), key=wanted.get)
+    assert [entry["remove"] for entry in found.path] == [[], [first], list(found.removed)]
+    assert found.path[2]["loss"] == pytest.approx(wanted[found.removed])
+
+
+def test_a_wide_beam_is_exhaustive(six):
+    stack, wanted = six
+    assert beam(SetLosses(stack, batches()), 2, any_set, width=6).removed == min(wanted, key=wanted.get)
+
+
+def test_swaps_only_improve(six):
+    stack, wanted = six
+    worst = max(wanted, key=wanted.get)
+    losses = SetLosses(stack, batches())
+    better = refine(losses, worst, any_set)
+    assert wanted[better] < wanted[worst] and len(better) == 2
+    assert refine(losses, better, any_set) == better
+
+
+def test_only_sets_that_can_go(six):
+    stack, wanted = six
+
+    def keeps_the_first(removed):
+        return 0 not in removed
+
+    best = min((each for each in wanted if 0 not in each), key=wanted.get)
+    assert beam(SetLosses(stack, batches()), 2, keeps_the_first, width=6).removed == best
+    for search in (beam, contiguous):
+        with pytest.raises(PruningError, match="No 2 layers of 'model.layers'"):
+            search(SetLosses(stack, batches()), 2, lambda _: False)
+
+
+def test_a_search_resumes(six, tmp_path):
+    stack, wanted = six
+    file = tmp_path / "losses.json"
+    SetLosses(stack, batches(), resume=file).measure(list(wanted)[:7])
+    losses = SetLosses(stack, batches(), resume=file)
+    assert losses.known == {each: wanted[each] for each in list(wanted)[:7]}
+    with pytest.raises(LayerProbeError, match="losses of another model, stack or text"):
+        SetLosses(stack, batches(tokens=11), resume=file)
+    file.write_text("{}")
+    with pytest.raises(LayerProbeError, match="holds no losses of a search"):
+        SetLosses(stack, batches(), resume=file)
+
+
+def test_a_budget(six):
+    stack, _ = six
+    with pytest.raises(LayerProbeError, match="minutes is how long a search may take; got 0"):
+        SetLosses(stack, batches(), minutes=0)
+    for search in (greedy, contiguous):
+        with pytest.raises(LayerProbeError, match="time was up before"):
+            search(SetLosses(stack, batches(), minutes=1e-9), 2, any_set)
+    losses = SetLosses(stack, batches(), minutes=10)
+    found = greedy(losses, 1, any_set)
+    losses.deadline = 0
+    assert refine(losses, found.removed, any_set) == found.removed
+    with pytest.raises(LayerProbeError, match="time was up after 1 of 2 layers"):
+        greedy(losses, 2, any_set)
+
+
+@pytest.mark.parametrize("by", ["contiguous", "greedy", "beam"])
+def test_plans_by_search(by):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    plan = plan_pruning(model, TEXTS, num_layers=2, by=by, tokenizer=tokenizer, max_length=32)
+    assert plan.by == by and len(plan.remove) == 2 and plan.scores == {}
+    assert type(prune_layers(model, plan)) is type(model)
+    with pytest.raises(LayerProbeError, match=f"by='{by}' measures several sets of layers on text"):
+        plan_pruning(model, num_layers=1, by=by)
+
+
+def test_auto_with_a_budget_searches_longer(tmp_path):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    file = tmp_path / "losses.json"
+    plan = plan_pruning(model, TEXTS, num_layers=2, tokenizer=tokenizer, minutes=5, resume=file)
+    rules = [candidate["by"] for candidate in plan.candidates]
+    assert rules[-3:] == ["contiguous", "greedy", "swaps"] and file.is_file()
+    again = plan_pruning(model, TEXTS, num_layers=2, tokenizer=tokenizer, minutes=5, resume=file)
+    assert again.remove == plan.remove
+    short = plan_pruning(model, TEXTS, num_layers=2, tokenizer=tokenizer, minutes=1e-9)
+    assert "greedy" not in [candidate["by"] for candidate in short.candidates]
+
+
+def test_the_combination_is_the_mean_rank(token_batches):
+    model = tiny_model("llama")
+    plan = plan_pruning(model, token_batches, num_layers=2, by="combined")
+    docs = score_layers(model, by="docs").importance
+    avss = score_layers(model, token_batches, by="avss-relative").importance
+    wanted = (rankdata(docs) + rankdata(avss)) / 2 - 1
+    assert plan.by == "combined" and plan.scores["values"] == wanted.tolist()
+    assert list(plan.remove) == sorted(np.argsort(wanted, kind="stable")[:2].tolist())
+    assert plan.scores["source"].startswith("our own definition")
+    with pytest.raises(LayerProbeError, match="half measured on activations"):
+        plan_pruning(model, num_layers=2, by="combined")
+
+
+def test_the_curve_of_a_greedy_plan(tmp_path):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    plan = plan_pruning(model, TEXTS, num_layers=3, by="greedy", tokenizer=tokenizer)
+    curve = plan.curve()
+    assert curve.numbers == (0, 1, 2, 3) and curve.removed[3] == plan.remove and curve.knee in curve.numbers
+    assert loss_curve(curve, tmp_path / "curve.png").stat().st_size > 5000
+    with pytest.raises(LayerProbeError, match="made by 'last', which measured one number of layers only"):
+        plan_pruning(model, num_layers=1, by="last").curve()
+
+
+@pytest.mark.parametrize(
+    "losses, knee", [((1, 1.1, 1.2, 1.3, 3, 6), 3), ((1, 2, 3, 4, 5, 6), 0), ((1, 4, 5, 5.5, 5.8, 6), 0), ((2,), 0)]
+)
+def test_the_knee_is_where_it_turns_steep(losses, knee):
+    removed = tuple(tuple(range(n)) for n in range(len(losses)))
+    assert Curve(tuple(range(len(losses))), losses, removed).knee == knee
