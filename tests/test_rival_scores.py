@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from test_activation_scores import recorded
+from test_prune_composites import qwen3_vl, qwen_inputs
 from tiny import TEXT, redrawn, tiny_model
 
 from hf_layerprobe import LayerProbeError, find_stacks, plan_pruning, score_layers
@@ -176,6 +177,21 @@ def test_layers_that_read_more_than_their_input():
     found, whole = (score_layers(model, batches, by="bypass", prefix=prefix).values for prefix in (True, False))
     np.testing.assert_array_equal(found, whole)
     assert np.abs(found).min() > 1e-4
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_bypass_where_features_of_single_layers_are_added_to_others(part):
+    """Qwen3-VL's text layers get features of its vision layers; nobody predicts the place of an image."""
+    model, inputs = redrawn(qwen3_vl()), qwen_inputs()
+    stack, ids = find_stacks(model)[part], inputs["input_ids"]
+    labels = torch.where(ids == model.config.image_token_id, -100, ids)
+    found, whole, labelled = (
+        score_layers(model, [batch], by="bypass", stack=stack, prefix=prefix).values
+        for batch, prefix in ((inputs, True), (inputs, False), ({**inputs, "labels": labels}, False))
+    )
+    np.testing.assert_array_equal(found, whole)
+    np.testing.assert_array_equal(labelled, whole)
+    assert (labels == -100).any() and np.abs(found).min() > 1e-3
 
 
 @pytest.mark.parametrize("part", [0, 1])

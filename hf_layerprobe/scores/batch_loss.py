@@ -13,6 +13,8 @@ from ..errors import LayerProbeError
 from ..precision import widest
 from .loss import IGNORED, ROWS, check_causal
 
+PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
+
 
 class BatchLoss:
     """Computes a batch's loss as a sum over its labels.
@@ -53,8 +55,12 @@ class BatchLoss:
         if not self._checked:
             check_causal(self.model)
             self._checked = True
-        mask = batch.get("attention_mask")
-        return batch["input_ids"] if mask is None else torch.where(mask.bool(), batch["input_ids"], IGNORED)
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        labels = ids if mask is None else torch.where(mask.bool(), ids, IGNORED)
+        for name in PLACEHOLDERS:  # where images and sounds go; nobody predicts them
+            if isinstance(place := getattr(self.model.config, name, None), int):
+                labels = torch.where(ids == place, IGNORED, labels)
+        return labels
 
     def _next_token_loss(self, batch: Batch, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
