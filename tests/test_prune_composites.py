@@ -10,6 +10,7 @@ from hf_layerprobe.errors import VerificationError
 from hf_layerprobe.stacks import bypassed
 from hf_layerprobe.stacks.taps import TAPS
 from hf_layerprobe.surgery import gate
+from hf_layerprobe.surgery.inputs import search
 
 SIX = {**GQA, "num_hidden_layers": 6}
 VISION = {**TEXT, "num_hidden_layers": 6, "image_size": 16, "patch_size": 4}
@@ -141,18 +142,18 @@ def test_two_deepstack_layers_do_not_become_one():
 
 def test_a_check_that_cannot_show_images_refuses(monkeypatch):
     model = llava()
-    monkeypatch.setattr(
-        "hf_layerprobe.surgery.inputs._image_inputs", lambda model: iter([{"pixel_values": torch.zeros(1)}])
-    )
-    with pytest.raises(PruningError, match=r"reads pixel_values beside text.*verify=False"):
+    monkeypatch.setitem(search.FORMS_OF, "image", lambda *_: iter([{"pixel_values": torch.zeros(1)}]))
+    with pytest.raises(PruningError, match=r"No inputs could be made.*pixel_values.*verify=False"):
         prune_layers(model, remove=[0])
     assert prune_layers(model, remove=[0], verify=False).config.text_config.num_hidden_layers == 5
 
 
 def test_a_layer_that_does_not_run_is_not_accepted(monkeypatch):
     model = llava()
-    monkeypatch.setattr("hf_layerprobe.surgery.gate.with_images", lambda model, text: text)
-    with pytest.raises(PruningError, match=r"Layers \[0\] of 'model.vision_tower.encoder.layers' did not run"):
+    text = search.example_prompt(model, {"input_ids": None})
+    monkeypatch.setattr(search, "_candidates", lambda model, tried: iter([text]))
+    prune_layers(model, remove=[0])
+    with pytest.raises(PruningError, match=r"0 of 1 layers ran"):
         prune_layers(model, remove=[0], stack=find_stacks(model)[1])
 
 
