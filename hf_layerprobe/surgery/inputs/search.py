@@ -51,8 +51,8 @@ def example_inputs(model: PreTrainedModel, layers: Iterable[nn.Module] = ()) -> 
             tried.append(f"{_shapes(inputs)}: {ran} of {len(layers)} layers ran")
     raise PruningError(
         f"No inputs could be made for {type(model).__name__} on which it runs with all its layers, so a pruned model could "
-        f"not be compared with it. Pass verify=False to accept it unchecked. Tried {len(tried)} forms of "
-        f"{', '.join(_accepted(model))}{'; the first: ' if tried else '.'}{'; '.join(tried[:2])}"
+        f"not be compared with it; verify=False accepts it unchecked. Its arguments are {', '.join(_accepted(model))}. "
+        f"{len(tried)} forms of them were tried{': ' if tried else '.'}{'; '.join(tried[:2])}"
     )
 
 
