@@ -40,6 +40,8 @@ class PruningPlan:
         scores: The score behind the choice (`LayerScores.to_dict()`), if there was one.
         candidates: For "auto": every plan that was measured, with its held-out loss in nats a token.
         path: Of a greedy search, the best set of each size with its loss on the calibration text; see [`curve`].
+        data: What the choice was made from (`calibration`), and for "auto" measured on (`held_out`): number of tokens,
+            fingerprint, options. Empty where no data were used.
         note: Why other layers go than those with the lowest scores, where the architecture cannot lose these.
         repair: What a repair of the pruned model did (`repair_model`), if there was one.
         also: Plans for further stacks of the same model, to be carried out together with this one.
@@ -55,6 +57,7 @@ class PruningPlan:
     scores: dict[str, Any] = field(default_factory=dict)
     candidates: list[dict[str, Any]] = field(default_factory=list)
     path: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     repair: dict[str, Any] = field(default_factory=dict)
     also: tuple[PruningPlan, ...] = ()
@@ -266,6 +269,7 @@ def _plan_one(
         scores=chosen.scores.to_dict() if chosen.scores else {},
         candidates=chosen.candidates,
         path=chosen.path,
+        data=chosen.data,
         note=chosen.note,
         model={
             "class": type(stack.model).__name__,

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from tiny import TEXT, redrawn, tiny_model, tiny_tokenizer
 
-from hf_layerprobe import LayerProbeError, avss, find_stacks, plan_pruning, score_layers
+from hf_layerprobe import LayerProbeError, PruningPlan, avss, find_stacks, plan_pruning, score_layers
 from hf_layerprobe.activations import batches
 
 TEXTS = ["what is it?", "a pear", "an apple a day."]
@@ -196,11 +196,23 @@ def test_the_fingerprint_is_that_of_the_data():
     assert len({of(TEXTS), of(TEXTS[::-1]), of(TEXTS[:2]), of(["".join(TEXTS)]), of(TEXTS, max_length=5)}) == 5
 
 
-def test_a_plan_holds_the_fingerprint_of_its_data():
+def test_a_plan_holds_the_fingerprint_of_its_data(tmp_path):
+    """Also where the best of several rules is one that needs none."""
     model, options = tiny_model("llama"), dict(num_layers=1, tokenizer=tiny_tokenizer())
     plan = plan_pruning(model, TEXTS, by="influence", **options)
     used = score_layers(model, TEXTS, by="influence", tokenizer=tiny_tokenizer()).data
-    assert plan.scores["data"] == used and len(used["fingerprint"]) == 64
+    assert plan.data == {"calibration": used} and plan.scores["data"] == used and len(used["fingerprint"]) == 64
+    assert plan_pruning(model, num_layers=1, by="last").data == plan_pruning(model, remove=[1]).data == {}
+    for by in ("auto", "greedy"):
+        plan = plan_pruning(model, TEXTS * 2, by=by, **options)
+        calibration = (TEXTS * 2)[::2] if by == "auto" else TEXTS * 2
+        expected = score_layers(model, calibration, by="influence", tokenizer=tiny_tokenizer()).data
+        assert plan.data["calibration"]["fingerprint"] == expected["fingerprint"]
+        assert plan.data["calibration"]["tokens"] == expected["tokens"]
+        assert PruningPlan.load(plan.save(tmp_path / "plan.json")) == plan
+    auto = plan_pruning(model, TEXTS * 2, by="auto", **options)
+    held_out = score_layers(model, (TEXTS * 2)[1::2], by="influence", tokenizer=tiny_tokenizer()).data
+    assert auto.data["held_out"]["fingerprint"] == held_out["fingerprint"]
 
 
 SILENT = {"array": np.zeros(800, np.float32), "sampling_rate": 8000}

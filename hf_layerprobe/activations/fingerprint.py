@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,3 +42,12 @@ class Fingerprint:
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
+
+
+def used_text(rows: Iterable[Batch], model: nn.Module) -> dict[str, Any]:
+    """What sets of layers were measured on: `tokens`, `sequences` and a `fingerprint`, of batches of token ids."""
+    fingerprint, tokens = Fingerprint(model), 0
+    for batch in rows:
+        fingerprint.update(batch)
+        tokens += int(batch["attention_mask"].sum())
+    return {"tokens": tokens, "sequences": fingerprint.sequences, "fingerprint": fingerprint.hexdigest()}

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..activations import batches
 from ..activations.data import text_rows
+from ..activations.fingerprint import used_text
 from ..activations.text import Batch
 from ..errors import LayerProbeError
 from ..scores import LayerScores, score_layers
@@ -21,7 +22,7 @@ from ..scores.registry import get_score
 from ..stacks import LayerStack
 from ..stacks.admissible import can_go, first_admissible, least_worth
 from .losses import SetLosses
-from .rules import RULES, Found, refine
+from .rules import RULES, refine
 
 # What `by="auto"` measures against each other: cheap rules, each with its own blind spot, and the best single block.
 AUTO_RULES = ("avss-relative", "influence", "docs", "last", COMBINED)
@@ -49,6 +50,7 @@ class Choice:
         scores: The score behind it, if there is one.
         candidates: Every set that was measured on held-out text, for `"auto"`.
         path: Of a greedy search, the best set found of each size with its loss, from none on.
+        data: What it was made from (`calibration`), and for `"auto"` measured on (`held_out`): tokens, fingerprint.
     """
 
     remove: tuple[int, ...]
@@ -57,6 +59,7 @@ class Choice:
     scores: LayerScores | None = None
     candidates: list[dict[str, Any]] = field(default_factory=list)
     path: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def choose(stack: LayerStack, data: Any, number: int, by: str, tokenizer, options: dict[str, Any]) -> Choice:
@@ -64,8 +67,7 @@ def choose(stack: LayerStack, data: Any, number: int, by: str, tokenizer, option
     if by == "auto":
         return _auto(stack, data, number, tokenizer, options)
     if by in RULES:
-        found = _search(stack, _texts(data, tokenizer, by), number, by, tokenizer, options)
-        return Choice(found.removed, by, path=found.path)
+        return _search(stack, _texts(data, tokenizer, by), number, by, tokenizer, options)
     if by == COMBINED:
         if data is None:
             raise LayerProbeError(f"by={by!r} is half measured on activations, so data is needed (data=, tokenizer=).")
@@ -79,7 +81,7 @@ def choose(stack: LayerStack, data: Any, number: int, by: str, tokenizer, option
     else:
         scores = score_layers(stack.model, data, by=by, stack=stack, tokenizer=tokenizer, **options)
     removed, note = _least_important(stack, scores, number)
-    return Choice(tuple(removed), scores.name, note, scores)
+    return Choice(tuple(removed), scores.name, note, scores, data={"calibration": scores.data} if scores.data else {})
 
 
 def _least_important(stack: LayerStack, scores: LayerScores, number: int) -> tuple[list[int], str]:
@@ -113,10 +115,13 @@ def _batches(
     return list(batches(texts, stack.model, tokenizer, max_tokens=limit, **reading))
 
 
-def _search(stack: LayerStack, texts: Sequence[str], number: int, by: str, tokenizer, options: dict[str, Any]) -> Found:
+def _search(
+    stack: LayerStack, texts: Sequence[str], number: int, by: str, tokenizer, options: dict[str, Any]
+) -> Choice:
     searching = {name: options[name] for name in SEARCH_OPTIONS if name in options}
-    losses = SetLosses(stack, _batches(stack, texts, tokenizer, options, SEARCH_TOKENS), **searching)
-    return RULES[by](losses, number, lambda removed: can_go(stack, removed))
+    rows = _batches(stack, texts, tokenizer, options, SEARCH_TOKENS)
+    found = RULES[by](SetLosses(stack, rows, **searching), number, lambda removed: can_go(stack, removed))
+    return Choice(found.removed, by, path=found.path, data={"calibration": used_text(rows, stack.model)})
 
 
 def _auto(stack: LayerStack, data: Any, number: int, tokenizer, options: dict[str, Any]) -> Choice:
@@ -127,7 +132,8 @@ def _auto(stack: LayerStack, data: Any, number: int, tokenizer, options: dict[st
     scoring = {name: value for name, value in options.items() if name not in SEARCH_OPTIONS}
     choices = _by_score(stack, calibration, number, tokenizer, scoring)
     searching = {name: options[name] for name in SEARCH_OPTIONS if name in options}
-    losses = SetLosses(stack, _batches(stack, calibration, tokenizer, options, SEARCH_TOKENS), **searching)
+    searched = _batches(stack, calibration, tokenizer, options, SEARCH_TOKENS)
+    losses = SetLosses(stack, searched, **searching)
 
     def admissible(removed: Sequence[int]) -> bool:
         return can_go(stack, removed)
@@ -143,14 +149,20 @@ def _auto(stack: LayerStack, data: Any, number: int, tokenizer, options: dict[st
         losses.measure([choice.remove for choice in choices], desc="Plans")
         start = min((c.remove for c in choices if c.remove in losses.known), key=losses.known.get)
         choices.append(Choice(refine(losses, start, admissible), "swaps"))
-    measured = SetLosses(stack, _batches(stack, held_out, tokenizer, options, None))
+    rows = _batches(stack, held_out, tokenizer, options, None)
+    measured = SetLosses(stack, rows)
     held_out_loss = measured.measure([choice.remove for choice in choices], desc="Measuring plans")
     candidates = [
         {"by": choice.by, "remove": list(choice.remove), "held_out_loss": held_out_loss[choice.remove]}
         for choice in choices
     ]
     best = min(choices, key=lambda choice: held_out_loss[choice.remove])
-    return Choice(best.remove, "auto", best.note, best.scores, candidates, best.path)
+    scored = [choice.scores.data for choice in choices if choice.scores and choice.scores.data]
+    used = {
+        "calibration": scored[0] if scored else used_text(searched, stack.model),
+        "held_out": used_text(rows, stack.model),
+    }
+    return Choice(best.remove, "auto", best.note, best.scores, candidates, best.path, used)
 
 
 def _by_score(stack: LayerStack, calibration: Sequence[str], number: int, tokenizer, options) -> list[Choice]:
