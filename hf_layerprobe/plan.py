@@ -221,7 +221,7 @@ def plan_pruning(
         )
         for found, given in requests
     ]
-    if len(plans) > 1:
+    if isinstance(requests[0][0].model, PreTrainedModel):
         expressible({found: plan.keep for (found, _), plan in zip(requests, plans, strict=True)})
     return replace(plans[0], also=tuple(plans[1:]))
 
@@ -254,8 +254,6 @@ def _plan_one(
     if not isinstance(removed, int):
         refuse_options(options, "which layers go is given by remove= or keep=, and no score is computed")
         chosen = Choice(tuple(removed), "explicit")
-        if isinstance(model, PreTrainedModel):
-            stack.check(i for i in range(total) if i not in removed)
     else:
         chosen = choose(stack, data, removed, by, tokenizer, options)
     if chosen.note:

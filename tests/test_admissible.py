@@ -1,5 +1,7 @@
 """Which kept sets an architecture can express: asked before any data moves, in words, with the nearest ones that it can."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hf_layerprobe import PruningError, PruningPlan, find_stacks, plan_pruning, 
 from hf_layerprobe.scores import LayerScores
 from hf_layerprobe.stacks import admissible, bypassed, edit
 from hf_layerprobe.stacks.admissible import first_admissible, least_worth
+from hf_layerprobe.surgery.outputs import difference, float_outputs, without_removed
 
 SIX = {**GQA, "num_hidden_layers": 6}
 
@@ -25,7 +28,7 @@ def jamba():
 def switch():
     return tf.SwitchTransformersForConditionalGeneration(
         tf.SwitchTransformersConfig(
-            d_model=32, d_kv=8, d_ff=48, num_layers=6, num_decoder_layers=6, num_heads=4, vocab_size=64, num_experts=2
+            d_model=32, d_kv=8, d_ff=48, num_layers=6, num_decoder_layers=8, num_heads=4, vocab_size=64, num_experts=2
         )
     )
 
@@ -136,7 +139,7 @@ def test_the_choice_is_the_best_of_all_that_can_go():
 def test_plans_ask(monkeypatch):
     model = redrawn(modernbert())
     scores = LayerScores("last", np.array([0.0, 3, 1, 2, 4, 5]), True, "model.layers", "a test")
-    monkeypatch.setattr("hf_layerprobe.plan.score_layers", lambda *_, **__: scores)
+    monkeypatch.setattr(import_module("hf_layerprobe.search.choose"), "score_layers", lambda *_, **__: scores)
     plan = plan_pruning(model, num_layers=2, by="last")
     assert plan.remove == (2, 3) and "layers [0, 2] are worth least" in plan.note
     with pytest.raises(PruningError, match="only layer 0 is of its kind") as refused:
@@ -295,3 +298,75 @@ def test_the_model_of_an_edit_is_on_meta():
     found = edit.edit_stacks({find_stacks(model)[0]: [0, 3]})
     assert all(parameter.is_meta for parameter in found.model.parameters())
     assert found.source("model.layers.1.mlp.up_proj.weight") == "model.layers.3.mlp.up_proj.weight"
+
+
+def funnel():
+    config = tf.FunnelConfig(
+        vocab_size=64, block_sizes=[2, 3], num_decoder_layers=2, d_model=32, n_head=4, d_head=8, d_inner=48
+    )
+    return redrawn(tf.FunnelForMaskedLM(config))
+
+
+def eomt():
+    config = tf.EomtConfig(
+        hidden_size=32, num_hidden_layers=6, num_attention_heads=4, image_size=64, patch_size=16, num_blocks=3,
+        num_queries=5, num_upscale_blocks=1,
+    )  # fmt: skip
+    return redrawn(tf.EomtForUniversalSegmentation(config))
+
+
+def test_the_layer_of_a_block_that_halves_the_sequence_stays():
+    model = funnel()
+    stack = find_stacks(model)[1]
+    assert (stack.path, stack.config_path) == ("funnel.encoder.blocks.1", "block_sizes[1]")
+    same_as_bypassed(model, [1, 2], 1)
+    with pytest.raises(PruningError, match="halves the sequence, so it must stay") as refused:
+        stack.check([1, 2])
+    assert refused.value.nearest[0] == (0, 2)
+
+
+@pytest.mark.parametrize("layers, blocks", [([0], 3), ([4], 2), ([1, 5], 2)])
+def test_the_layers_that_read_queries_stay_the_last(layers, blocks):
+    model = eomt()
+    model.attn_mask_probs.copy_(torch.tensor([1.0, 0.0, 1.0]))
+    pruned = same_as_bypassed(model, layers)
+    assert pruned.config.num_blocks == blocks == len(pruned.attn_mask_probs)
+
+
+def test_t5_generates_with_a_cache_of_the_encoders_length():
+    """Transformers takes the encoder's number of layers for the decoder's; with fewer, generation with a cache fails."""
+    model_class, config = FAMILIES["t5"]
+    config = config()
+    config.num_layers = config.num_decoder_layers = 4
+    model = redrawn(model_class(config))
+    with pytest.raises(
+        PruningError,
+        match="left with 3 layers and the decoder with 4.*Remove at least 1 layers of the decoder in the same call",
+    ):
+        prune_layers(model, remove=[1])
+    prune_layers(model, remove={"encoder.block": [1], "decoder.block": [2]})
+    prune_layers(model, remove=[1], stack="decoder.block")
+    plan = plan_pruning(model, ratio=0.25, by="last", stack=["encoder.block", "decoder.block"])
+    assert [part.remove for part in plan.parts] == [(3,), (3,)]
+
+
+def test_outputs_of_every_layer_are_compared_without_the_removed_ones():
+    old = {
+        "stacked": torch.arange(6.0).view(1, 6),
+        "each": tuple(torch.full((2,), float(i)) for i in range(7)),
+        "x": torch.ones(2),
+    }
+    new = {
+        "stacked": torch.tensor([[0.0, 2, 5]]),
+        "each": tuple(torch.full((2,), float(i)) for i in (0, 1, 3, 6)),
+        "x": torch.ones(2),
+    }
+    kept = [(6, [0, 2, 5])]
+    found = [float_outputs(without_removed(old, new, kept)), float_outputs(new)]
+    assert difference(*found, 0) is None
+    new["stacked"][0, 1] = 3
+    assert "largest relative difference" in difference(
+        float_outputs(without_removed(old, new, kept)), float_outputs(new), 0
+    )
+    del new["x"]
+    assert difference(float_outputs(without_removed(old, new, kept)), float_outputs(new), 9) is not None

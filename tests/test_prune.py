@@ -11,8 +11,8 @@ from tiny import FAMILIES, redrawn, tiny_model
 
 from hf_layerprobe import LayerProbeError, PruningError, PruningPlan, find_stacks, plan_pruning, prune_layers
 from hf_layerprobe.stacks import bypassed
-from hf_layerprobe.surgery import gate
 from hf_layerprobe.surgery.inputs import example_inputs
+from hf_layerprobe.surgery.outputs import float_outputs
 
 CAUSAL = ("llama", "qwen3", "gemma3", "mistral", "mixtral", "gpt2", "opt", "gpt_neox")
 STACKS = [(family, part) for family in FAMILIES for part in range(2 if family in ("t5", "bart", "whisper") else 1)]
@@ -20,7 +20,7 @@ STACKS = [(family, part) for family in FAMILIES for part in range(2 if family in
 
 def outputs(model, removed=(), stack=None):
     with torch.no_grad(), bypassed(stack or find_stacks(model)[0], removed):
-        return list(gate._float_outputs(model(**example_inputs(model))).values())
+        return list(float_outputs(model(**example_inputs(model))).values())
 
 
 def assert_same_outputs(expected, found):

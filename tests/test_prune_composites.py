@@ -11,6 +11,7 @@ from hf_layerprobe.stacks import bypassed
 from hf_layerprobe.stacks.taps import TAPS
 from hf_layerprobe.surgery import gate
 from hf_layerprobe.surgery.inputs import search
+from hf_layerprobe.surgery.outputs import difference
 
 SIX = {**GQA, "num_hidden_layers": 6}
 VISION = {**TEXT, "num_hidden_layers": 6, "image_size": 16, "patch_size": 4}
@@ -240,7 +241,7 @@ def test_a_state_of_single_layers_is_not_compared():
 
 def test_outputs_of_other_shapes_are_named():
     one, other = {"logits": torch.zeros(2, 3)}, {"logits": torch.zeros(2, 4)}
-    assert gate._difference(one, other, 1) == "its outputs are {'logits': (2, 4)}, the original's {'logits': (2, 3)}"
+    assert difference(one, other, 1) == "its outputs are {'logits': (2, 4)}, the original's {'logits': (2, 3)}"
 
 
 def test_every_module_keeps_its_mode():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import PruningError
 from .edit import StackEdit, edit_stacks
 from .refusal import Refusal
+from .rules import check_lengths
 
 if TYPE_CHECKING:
     from .find import LayerStack
@@ -29,13 +30,15 @@ def expressible(stacks: Mapping[LayerStack, Sequence[int]]) -> StackEdit:
         PruningError: The architecture cannot express it; with the reason and the nearest sets of that stack that work.
     """
     try:
-        return edit_stacks(stacks)
+        edit = edit_stacks(stacks)
     except Refusal as refusal:
         for stack, keep in stacks.items():
             if len(stacks) == 1 or _refusal(stack, keep):
                 raise _explained(stack, keep, _refusal(stack, keep)) from refusal
         parts = ", ".join(f"{list(keep)} of {stack.path!r}" for stack, keep in stacks.items())
         raise PruningError(f"Keeping {parts} works for each alone, not together: {refusal}") from refusal
+    check_lengths(next(iter(stacks)).model.config, edit.model.config)
+    return edit
 
 
 def least_worth(stack: LayerStack, worth: Sequence[float], number: int) -> tuple[list[int], str]:

@@ -73,6 +73,8 @@ PREFIX_THRESHOLDS = frozenset(
 )
 # "The last k layers are different".
 SUFFIX_THRESHOLDS = frozenset(["num_kv_shared_layers"])
+# EoMT's `num_blocks` is such a threshold too: its last layers read queries beside the image. Elsewhere it is a count.
+QUERY_BLOCKS = "num_upscale_blocks"
 # The index of the last layer that is different.
 LAST_INDICES = frozenset(["moe_layer_end_index"])
 # "Every k-th layer is sparse, but for those in `mlp_only_layers`".
@@ -179,7 +181,9 @@ def _per_layer_edits(node: PreTrainedConfig, field: str, num_layers: int, keep: 
                 raise _unknown(node, name, value, num_layers)
         elif type(value) is int and name in PREFIX_THRESHOLDS:
             edits[name] = sum(i < value for i in keep)
-        elif type(value) is int and name in SUFFIX_THRESHOLDS:
+        elif type(value) is int and (
+            name in SUFFIX_THRESHOLDS or (name == "num_blocks" and hasattr(node, QUERY_BLOCKS))
+        ):
             edits[name] = sum(i >= num_layers - value for i in keep)
         elif type(value) is int and name in LAST_INDICES and value >= 0:
             edits[name] = sum(i <= value for i in keep) - 1

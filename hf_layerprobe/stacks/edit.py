@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers import PreTrainedModel
 
 from ..errors import PruningError
 from .bind import build_on_meta
@@ -19,6 +18,7 @@ from .config_edit import edited_config
 from .kinds import Kind, describe_rule, layer_kinds, settings_elsewhere
 from .refusal import Refusal
 from .rescue import MID_POSITIONS, Compute, Rescue, mid_positions, packed
+from .rules import check_cache, check_rules
 from .taps import check_taps
 
 if TYPE_CHECKING:
@@ -95,7 +95,9 @@ def edit_stacks(stacks: Mapping[LayerStack, Sequence[int]]) -> StackEdit:
         # Only dense weights are pruned: the entry says how the file they came from was stored.
         del config.quantization_config
     reference = _reference(original)
-    _check_cache(original.config, config)
+    check_cache(original.config, config)
+    for path, keep in kept.items():
+        check_rules(reference, path, keep)
     try:
         model = build_on_meta(original, config)
     except Exception as error:  # and so do constructors
@@ -188,9 +190,20 @@ def check_tensors(original: PreTrainedModel, edit: StackEdit) -> None:
     problems += [
         f"{name} has no place in the pruned model" for name in old if name not in used and not edit.is_dropped(name)
     ]
+    problems += _untied(original, edit)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise Refusal(f"{'; '.join(problems[:5])}{more}")
+
+
+def _untied(original: PreTrainedModel, edit: StackEdit) -> Iterator[str]:
+    """Tensors that are one in the new model, and would have to be several."""
+    old, seen = dict(tensors(original)), {}
+    for name, tensor in tensors(edit.model):
+        if (source := edit.source(name)) in old and name not in edit.computed:
+            other, first = seen.setdefault(id(tensor), (name, old[source]))
+            if first is not old[source]:
+                yield f"{other} and {name} are one tensor in the pruned model, and come from two"
 
 
 def _repacked(edit: StackEdit, name: str, shape: tuple[int, ...], old: tuple[int, ...]) -> dict[str, Compute]:
@@ -214,23 +227,3 @@ def _unsaved_buffers(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules(remove_duplicate=False):
         for name in module._non_persistent_buffers_set:
             yield f"{path}.{name}" if path else name
-
-
-def _check_cache(old: PreTrainedConfig, new: PreTrainedConfig) -> None:
-    """A cache of a hybrid model counts tokens by its attention layers: one has to stay."""
-    attention = _attention_layers(old)
-    if attention and _attention_layers(new) == []:
-        raise Refusal(
-            "at least one layer with attention must stay: the model's cache counts tokens by it, and its forward pass fails "
-            "without",
-            needs=[attention],
-        )
-
-
-def _attention_layers(config: PreTrainedConfig) -> list[int] | None:
-    """Layers of the decoder whose cache holds keys and values; None where no cache can be made from the config."""
-    try:
-        layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
-    except Exception:  # of a model without a decoder, or with caches of its own
-        return None
-    return [i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]

@@ -26,8 +26,9 @@ PACKED = {
     "embed_tokens_per_layer.weight": 1,
     "per_layer_model_projection.weight": 0,
     "contact_head.regression.weight": 1,
-    "attn_mask_probs": 0,
 }
+# Buffers with an entry for each of the last layers.
+OF_LAST_LAYERS = "attn_mask_probs"
 MID_POSITIONS = "interpolation.mid_position_embeddings"
 
 
@@ -81,6 +82,10 @@ def packed(
     name: str, shape: tuple[int, ...], old: tuple[int, ...], num_layers: int, keep: Sequence[int]
 ) -> Compute | None:
     """The parts of the kept layers, for a tensor that has one part a layer; None if this is no such tensor."""
+    if name.endswith(OF_LAST_LAYERS):
+        first = num_layers - old[0]
+        entries = torch.tensor([i - first for i in keep if i >= first])
+        return lambda tensors: tensors[name][entries.to(tensors[name].device)]
     dim = next((dim for end, dim in PACKED.items() if name == end or name.endswith(f".{end}")), None)
     if dim is None or old[dim] % num_layers or shape[dim] != old[dim] // num_layers * len(keep):
         return None

@@ -12,10 +12,10 @@ from ..errors import PruningError, VerificationError
 from ..modes import evaluating
 from ..stacks import LayerStack, bypassed
 from .inputs import example_inputs, example_prompt
+from .outputs import difference, float_outputs, largest_difference, without_removed
 
 # Largest |difference| / max(1, |output|); bit-equal is the rule, the margin is for other kernels after a reload.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-CACHES = frozenset(["past_key_values", "cache_params", "state", "mems", "past_buckets_states", "shared_kv_states"])
 NEW_TOKENS = 5
 
 
@@ -49,7 +49,7 @@ def verify(removed: Mapping[LayerStack, Sequence[int]], pruned: PreTrainedModel)
                     f"{layers} bypassed, so the pruned model cannot be compared with it. Pass "
                     f"verify=False to accept it unchecked. It raises {type(error).__name__}: {error}"
                 ) from error
-        if not all(torch.isfinite(tensor).all() for tensor in expected.values()):
+        if not all(torch.isfinite(tensor).all() for tensor in float_outputs(expected).values()):
             raise PruningError(
                 f"{type(original).__name__} itself gives NaN or infinite outputs with {layers} bypassed; "
                 "check its weights."
@@ -61,10 +61,14 @@ def verify(removed: Mapping[LayerStack, Sequence[int]], pruned: PreTrainedModel)
                 f"The pruned {type(pruned).__name__} {what} does not run: {type(error).__name__}: {error}"
             ) from error
         limit = TOLERANCE.get(original.dtype, TOLERANCE[torch.float32])
-        if difference := _difference(expected, found, limit):
+        kept = [
+            (stack.num_layers, [i for i in range(stack.num_layers) if i not in each]) for stack, each in removed.items()
+        ]
+        expected = without_removed(expected, found, kept)
+        if differs := difference(float_outputs(expected), float_outputs(found), limit):
             raise VerificationError(
                 f"The pruned {type(pruned).__name__} {what} does not compute what the original does with those layers "
-                f"bypassed: {difference}. This architecture ties a layer's function to its position or to the number of "
+                f"bypassed: {differs}. This architecture ties a layer's function to its position or to the number of "
                 "layers, or something else reads the removed layers."
             )
         if (
@@ -78,44 +82,11 @@ def verify(removed: Mapping[LayerStack, Sequence[int]], pruned: PreTrainedModel)
             )
 
 
-def _run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]):
     """The model's outputs, the same whenever it draws random numbers (the masks of ViT-MAE)."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return _float_outputs(model(**inputs))
-
-
-def _float_outputs(output, name: str = "") -> dict[str, torch.Tensor]:
-    """Floating-point tensors of a model output by name, without those that it has for each layer."""
-    if isinstance(output, torch.Tensor):
-        return {name or "output": output} if output.is_floating_point() else {}
-    if isinstance(output, dict):
-        parts = [(key, value) for key, value in output.items() if not _is_per_layer(key, value)]
-    else:
-        parts = list(enumerate(output)) if isinstance(output, (list, tuple)) else []
-    named = [(f"{name}.{key}" if name else str(key), value) for key, value in parts]
-    return {key: tensor for part, value in named for key, tensor in _float_outputs(value, part).items()}
-
-
-def _is_per_layer(key: str, value) -> bool:
-    return key in CACHES or (
-        isinstance(value, (list, tuple)) and key.endswith(("hidden_states", "attentions", "router_logits"))
-    )
-
-
-def _difference(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], limit: float) -> str | None:
-    """In words, if there is one."""
-    shapes = [{name: tuple(tensor.shape) for name, tensor in outputs.items()} for outputs in (expected, found)]
-    if shapes[0] != shapes[1] or not expected:
-        return f"its outputs are {shapes[1] or 'none'}, the original's {shapes[0] or 'none'}"
-    difference = max(_largest_difference(tensor, found[name]) for name, tensor in expected.items())
-    # Not `difference > limit`: it may be NaN.
-    return None if difference <= limit else f"largest relative difference {difference:.2g}, allowed {limit:.0e}"
-
-
-def _largest_difference(expected: torch.Tensor, found: torch.Tensor) -> float:
-    scale = expected.float().abs().max().clamp_min(1)
-    return ((expected.float() - found.float()).abs().max() / scale).item()
+        return model(**inputs)
 
 
 def _cache_agrees(model: PreTrainedModel, inputs: dict[str, torch.Tensor], limit: float) -> bool:
@@ -142,7 +113,7 @@ def _cache_agrees(model: PreTrainedModel, inputs: dict[str, torch.Tensor], limit
         except (IndexError, KeyError, TypeError, ValueError, AttributeError, RuntimeError):
             return False
     for cached, plain in zip(*(run.logits for run in runs), strict=True):
-        if _largest_difference(cached, plain) > limit:
+        if largest_difference(cached, plain) > limit:
             return False
         if not torch.equal(cached.argmax(-1), plain.argmax(-1)):
             return True  # a tie within the tolerance: the runs read different tokens from here on
