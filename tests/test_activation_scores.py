@@ -151,8 +151,8 @@ def test_the_model_is_left_as_it_was(token_batches):
     before = hooks()
     avss(model, token_batches)
     assert model.training and hooks() == before
-    with pytest.raises(IndexError):
-        avss(model, [{"input_ids": torch.tensor([[10_000]])}])
+    with pytest.raises(ValueError, match="exactly one"):
+        avss(model, [{"input_ids": torch.tensor([[3]]), "inputs_embeds": torch.ones(1, 1, 32)}])
     assert model.training and hooks() == before
 
 

@@ -15,8 +15,9 @@ from test_token_masks import Blocks, lengths_mask
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_layerprobe import find_stacks, score_layers
+from hf_layerprobe import LayerProbeError, avss, find_stacks, score_layers
 from hf_layerprobe.activations import LayerStream
+from hf_layerprobe.activations.checks import FiniteOutputs
 from hf_layerprobe.scores.registry import SCORES
 from hf_layerprobe.stacks import LayerStack
 
@@ -217,3 +218,124 @@ def test_a_large_mean_costs_no_precision():
     found = SCORES["avss-published"].make(1)
     found.update(0, after, after, None)
     np.testing.assert_allclose(found.compute()[1]["variance"], after.double().var(correction=0), rtol=1e-9)
+
+
+def test_a_share_without_rows_keeps_nobody_waiting(tmp_path):
+    """Two rows are one batch: the second process only repeats it."""
+    (tmp_path / "run.py").write_text(SHARED.replace("(8, 7)", "(2,)"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29593"]
+    tests = Path(__file__).parent
+    subprocess.run([*command, tmp_path / "run.py", tests, tmp_path], check=True, timeout=120, capture_output=True)
+    found = [json.loads((tmp_path / f"{rank}-2.json").read_text()) for rank in (0, 1)]
+    assert found[0] == found[1] and found[0]["data"]["sequences"] == 2
+
+
+def test_padding_alone_is_refused(token_batches):
+    batch = {**token_batches[0], "attention_mask": torch.zeros_like(token_batches[0]["attention_mask"])}
+    with pytest.raises(LayerProbeError, match="Every token of the 2 sequences is padding"):
+        avss(tiny_model("llama"), [batch])
+
+
+@pytest.mark.parametrize("wrong", [64, 50_000, -1])
+def test_a_tokenizer_that_does_not_fit(wrong, token_batches):
+    bad = {"input_ids": torch.tensor([[3, wrong, 4]])}
+    with pytest.raises(LayerProbeError, match=f"Batch 1 has the token id {wrong}, .* knows ids 0 to 63"):
+        avss(tiny_model("llama"), [token_batches[0], bad])
+
+
+def test_nan_activations_are_named_by_layer_and_batch(token_batches):
+    """One token's embedding is not finite; it stands in the second batch only."""
+    model = tiny_model("llama")
+    token = next(i for i in range(3, 60) if (token_batches[1]["input_ids"] == i).any()
+                 and not any((token_batches[j]["input_ids"] == i).any() for j in (0, 2)))  # fmt: skip
+    model.model.embed_tokens.weight.data[token] = torch.inf
+    message = r"layers \[0, 1, 2, 3\] \(model.layers\) are not finite: .* first that of layer 0 on batch 1 "
+    with pytest.raises(LayerProbeError, match=message):
+        avss(model, token_batches)
+    finite = FiniteOutputs(1)
+    states = torch.tensor([[[1.0], [torch.nan]]])
+    finite.update(0, states, states, torch.tensor([[True, False]]))  # padding may hold anything
+    finite.check("layers")
+
+
+def test_a_model_in_training_mode_is_told_and_put_back(token_batches, caplog):
+    model = tiny_model("llama").train()
+    model.model.layers[1].eval()
+    with caplog.at_level("WARNING", "hf_layerprobe"):
+        avss(model, token_batches)
+    assert "LlamaForCausalLM is in training mode; it is measured in evaluation mode and put back" in caplog.text
+    assert model.training and not model.model.layers[1].training
+    caplog.clear()
+    avss(model.eval(), token_batches)
+    assert "training mode" not in caplog.text
+
+
+def test_data_that_end_early(token_batches):
+    """What there was is measured and counted; what breaks off leaves the model as it was."""
+    model = tiny_model("llama").train()
+
+    def breaks_off():
+        yield token_batches[0]
+        raise OSError("disk gone")
+
+    hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())  # noqa: E731
+    before = hooks()
+    with pytest.raises(OSError, match="disk gone"):
+        avss(model, breaks_off())
+    assert model.training and hooks() == before
+    early = avss(model, (batch for batch in token_batches[:1]), max_tokens=1000)
+    assert early.data["tokens"] == 11
+
+
+def exact_share(values):
+    squares = np.sort(values.astype(float).ravel() ** 2)[::-1]
+    return squares[: max(1, round(0.001 * squares.size))].sum() / squares.sum()
+
+
+@pytest.mark.parametrize("massive", [0, 30, 3000])
+def test_the_share_of_the_largest_values_is_between_its_bounds(massive):
+    before, update = torch.randn(2, 6, 40, 96, generator=torch.Generator().manual_seed(massive)).unbind(0)
+    update[:, 0, 17] += massive
+    update[2, 7, 3] -= massive
+    after = before + update
+    mask = lengths_mask([40, 40, 31, 40, 5, 40], 40).bool()
+    relative, published = SCORES["avss-relative"].make(1), SCORES["avss-published"].make(1)
+    for accumulator in (relative, published):
+        accumulator.update(0, before, after, mask)
+    v = (update / before.square().mean(-1, keepdim=True).sqrt())[mask].numpy()
+    for accumulator, values in ((relative, v), (published, after[mask].numpy())):
+        details, exact = accumulator.compute()[1], exact_share(values)
+        low, high = (details[f"largest_share_at_{end}"].item() for end in ("least", "most"))
+        assert low <= exact * (1 + 1e-6) and exact <= high * (1 + 1e-6)
+        if massive == 3000:
+            assert 0.99 < low <= high <= 1
+        if not massive:
+            assert high < 0.1
+
+
+def test_massive_activations_are_noted_and_can_be_limited(token_batches):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[5] *= 300
+    plain, robust = avss(model, token_batches), avss(model, token_batches, robust=True)
+    assert plain.details["largest_share_at_least"][1] < 0.5 and not plain.notes  # a whole channel: more than 0.1 %
+    before, after = torch.randn(2, 2, 5, 32, generator=torch.Generator().manual_seed(0)).unbind(0)
+    after[0, 0, 3] = 500
+    assert robust.name == "avss-robust" and robust.source == "our own definition"
+    found = SCORES["avss-robust"].make(1)
+    found.update(0, before, after, None)
+    v = ((after - before) / before.square().mean(-1, keepdim=True).sqrt()).double().numpy()
+    limited = np.clip(v, -3, 3)
+    details = found.compute()[1]
+    np.testing.assert_allclose(details["variance"], limited.var(), rtol=1e-6)
+    np.testing.assert_allclose(details["clipped_share"], 1 - (limited**2).sum() / (v**2).sum(), rtol=1e-6)
+    with pytest.raises(LayerProbeError, match="one of the relative variant"):
+        avss(model, token_batches, robust=True, variant="published")
+    with pytest.raises(LayerProbeError, match="clip must be positive"):
+        avss(model, token_batches, robust=True, clip=0)
+
+
+def test_the_first_token_of_smollm2_is_seen(smollm2, smollm2_tokenizer, english):
+    found = avss(smollm2, english[:2], variant="published", tokenizer=smollm2_tokenizer, max_tokens=128)
+    swamped = found.details["largest_share_at_least"] > 0.5
+    assert swamped.sum() > 10 and "the largest 0.1 % of the values hold at least half" in found.notes[0]
+    assert str(np.flatnonzero(swamped)[-1]) in found.notes[0] and found.to_dict()["notes"] == list(found.notes)

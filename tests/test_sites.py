@@ -200,4 +200,5 @@ def test_every_score_names_its_sites():
         "avss-published": ("layer", "update", "attention", "mlp", "mlp-inner"),
         "avss-released": ("layer",),
         "avss-relative": ("update", "layer", "attention", "mlp"),
+        "avss-robust": ("update", "layer", "attention", "mlp"),
     }

@@ -7,17 +7,21 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
+from transformers.utils import logging
 
 from ..errors import LayerProbeError
 from ..modes import evaluating
 from ..progress import progress
 from ..stacks import LayerStack
+from .checks import FiniteOutputs, Vocabulary
 from .data import check_positive
 from .fingerprint import Fingerprint
 from .processes import add_up, joined
 from .state import Resumable, Sum
 from .stream import Accumulator, LayerStream
 from .text import Batch
+
+logger = logging.get_logger(__name__)
 
 
 class OwnRuns(Protocol):
@@ -51,8 +55,9 @@ def run_pass(
         inputs without padding, and the `choices` of [`batches`].
 
     Raises:
-        LayerProbeError: No data, weights that are not in memory, `max_tokens` that is no positive number, or padding
-            that cannot be told apart in what the layers see.
+        LayerProbeError: No data or padding alone, token ids that the model does not know, weights that are not in
+            memory, `max_tokens` that is no positive number, padding that cannot be told apart in what the layers see, or
+            outputs of layers that are not finite.
     """
     if max_tokens is not None:
         check_positive(max_tokens=max_tokens)
@@ -66,11 +71,15 @@ def run_pass(
     fixed = {"use_cache": False} if "use_cache" in accepted else {}
     count = TokenCount()
     fingerprint = Fingerprint(model)
-    watching = LayerStream(stack, [count, *accumulators])
+    finite, vocabulary = FiniteOutputs(stack.num_layers), Vocabulary(model)
+    watching = LayerStream(stack, [count, *accumulators, finite])
+    if model.training:
+        logger.warning(f"{type(model).__name__} is in training mode; it is measured in evaluation mode and put back.")
     # Compiled graphs know no hooks that come later; within the context modules run uncompiled.
     with torch.compiler.set_stance("force_eager"), evaluating(model), watching as stream, torch.no_grad():
-        for batch in progress(data, desc="Calibration", unit="batch"):
+        for index, batch in enumerate(progress(data, desc="Calibration", unit="batch")):
             fingerprint.update(batch)
+            vocabulary.check(batch, index)
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             model(**inputs, **fixed)
             if own_runs:  # which nobody else may watch
@@ -83,10 +92,15 @@ def run_pass(
     count.sequences.add(fingerprint.sequences)
     digest = fingerprint.hexdigest()
     if share:
-        add_up([count, *accumulators])
+        add_up([count, *accumulators, finite])
         digest = joined(digest)
     if not int(count.sequences.value):
         raise LayerProbeError("The data yielded no batch: it is empty, or every text is.")
+    if not int(count.tokens.value):
+        raise LayerProbeError(
+            f"Every token of the {int(count.sequences.value)} sequences is padding: their masks are 0 everywhere."
+        )
+    finite.check(stack.path)
     return {
         "tokens": int(count.tokens.value),
         "sequences": int(count.sequences.value),

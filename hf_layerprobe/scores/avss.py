@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..activations import SITES, SUBLAYERS, Resumable, RunningStatistics, TokenMean
+from ..activations.largest import LargestShare
 from ..activations.moments import token_squares, token_sums
 from ..errors import LayerProbeError
 from ..stacks import LayerStack
@@ -18,6 +19,8 @@ from .run import score_layers
 
 PAPER = "AVSS, arXiv 2411.02117"
 EPS = {"published": 1e-5, "released": 1e-5, "relative": 0.05}
+# Where the robust form limits an update, in units of the stream: three times as large as what it is added to.
+CLIP = 3.0
 
 
 class PooledAVSS(Resumable):
@@ -28,35 +31,49 @@ class PooledAVSS(Resumable):
         eps: Values below this magnitude count as inactive.
         site: Which activations; see [`score_layers`].
         relative: Take them in units of rms(x_in), token by token.
+        clip: Then limit their magnitude to this.
 
     Raises:
-        LayerProbeError: `eps` is not positive.
+        LayerProbeError: `eps` or `clip` is not positive.
     """
 
-    def __init__(self, num_layers: int, *, eps: float, site: str, relative: bool):
+    def __init__(self, num_layers: int, *, eps: float, site: str, relative: bool, clip: float | None = None):
         self.eps = check_eps(eps)
+        self.clip = None if clip is None else check_eps(clip, "clip")
         self.site = site
         self.sites = (site,) if site in SUBLAYERS else ()
         self.relative = relative
         self.statistics = RunningStatistics(num_layers)
+        self.largest = LargestShare(num_layers)
+        self.clipped = TokenMean(num_layers)  # what the limit takes from the squares of a token
 
     def update(
         self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None, **sites: torch.Tensor
     ) -> None:
         values, minus = sites.get(self.site, after), before if self.site == "update" else None
         width = values.shape[-1]
+        unit: torch.Tensor | float = 1.0
         if self.relative:
-            rms = (token_squares(before) / before.shape[-1]).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-            found = token_sums(values, minus, below=self.eps * rms)
-            means, squares = found.sums / (rms * width), found.squares / (rms.square() * width)
-        else:
-            found = token_sums(values, minus, below=self.eps)
-            means, squares = found.sums / width, found.squares / width
+            unit = (token_squares(before) / before.shape[-1]).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        clip = None if self.clip is None else self.clip * unit
+        found = token_sums(values, minus, below=self.eps * unit, clip=clip)
+        means, squares = found.sums / unit / width, found.squares / unit / unit
+        if self.clip is not None:
+            self.clipped.update(layer, token_squares(values, minus) / unit / unit - squares, mask)
+        self.largest.update(layer, found.largest / unit, squares, width, mask)
         weight = torch.full_like(means, width) if mask is None else mask * width
-        self.statistics.update(layer, means, squares - means.square(), found.small, weight)
+        self.statistics.update(layer, means, squares / width - means.square(), found.small, weight)
 
     def compute(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        return avss_from(self.statistics.variance().cpu().numpy(), self.statistics.share_small().cpu().numpy())
+        variance, sparsity = (t.cpu().numpy() for t in (self.statistics.variance(), self.statistics.share_small()))
+        values, details = avss_from(variance, sparsity)
+        details["largest_share_at_least"], details["largest_share_at_most"] = self.largest.bounds()
+        if self.clip is not None:
+            state = self.statistics.state_dict()
+            kept = state["deviation"] + state["count"] * state["mean"].square()
+            taken = self.clipped.state_dict()["sums"]
+            details["clipped_share"] = (taken / (taken + kept)).numpy()
+        return values, details
 
 
 class ReleasedAVSS(Resumable):
@@ -90,14 +107,14 @@ class ReleasedAVSS(Resumable):
         return avss_from(self.variance.mean(), np.maximum(self.sparsity.mean(), smallest), normalise=False)
 
 
-def check_eps(eps: float) -> float:
-    """The threshold of inactivity, if it can be one.
+def check_eps(eps: float, name: str = "eps") -> float:
+    """The threshold of inactivity, or another one, if it can be one.
 
     Raises:
         LayerProbeError: It is not positive.
     """
     if not eps > 0:
-        raise LayerProbeError(f"eps must be positive, got {eps}.")
+        raise LayerProbeError(f"{name} must be positive, got {eps}.")
     return eps
 
 
@@ -109,6 +126,11 @@ def published(num_layers: int, *, eps: float = EPS["published"], site: str = "la
 def relative(num_layers: int, *, eps: float = EPS["relative"], site: str = "update") -> PooledAVSS:
     """The variant `"relative"` of [`avss`]."""
     return PooledAVSS(num_layers, eps=eps, site="update" if site == "layer" else site, relative=True)
+
+
+def limited(num_layers: int, *, eps: float = EPS["relative"], clip: float = CLIP, site: str = "update") -> PooledAVSS:
+    """The relative variant with limited magnitudes; see `robust` of [`avss`]."""
+    return PooledAVSS(num_layers, eps=eps, site="update" if site == "layer" else site, relative=True, clip=clip)
 
 
 def avss_from(
@@ -139,6 +161,7 @@ def avss(
     variant: str = "relative",
     eps: float | None = None,
     site: str = "layer",
+    robust: bool = False,
     stack: str | LayerStack | None = None,
     tokenizer=None,
     **options: Any,
@@ -159,12 +182,17 @@ def avss(
         site: Which activations are measured; see [`score_layers`]. The relative variant is about what is added to the
             stream, so that `"layer"` means `"update"` there, and takes the sublayers' outputs in units of the layer's
             input; `"mlp-inner"` is not added to the stream. The released variant is the authors' at `"layer"` alone.
+        robust: Limit what massive activations can do (our own definition, of the relative variant alone): an update of
+            more than 3 times the stream that it is added to (rms over the token's channels) counts as 3 times; another
+            limit is `clip=`. `details["clipped_share"]` is the share of the second moment that the limit has taken.
         stack: Path of the stack; the main one by default.
         tokenizer: Needed for texts.
         options: `batch_size`, `max_length`, `pack`, `max_tokens`; see [`score_layers`].
 
     Returns:
-        Scores, higher is more important; `details` has variance, sparsity, normalised and cumulative AVSS.
+        Scores, higher is more important; `details` has variance, sparsity, normalised and cumulative AVSS, and (but for
+        the released variant) `largest_share_at_least` and `largest_share_at_most`, bounds of the share of the second
+        moment that the largest 0.1 % of the values contribute. Where that is half or more, `notes` says so.
 
     Raises:
         LayerProbeError: Unknown variant, site or option, `eps` that is not positive, no data, weights not in memory, or
@@ -172,14 +200,18 @@ def avss(
     """
     if variant not in EPS:
         raise LayerProbeError(f"Unknown AVSS variant {variant!r}; the variants are {', '.join(EPS)}.")
+    if robust and variant != "relative":
+        raise LayerProbeError(f"The robust form is one of the relative variant; got variant={variant!r}.")
     if eps is not None:
         options["eps"] = eps
-    return score_layers(model, data, by=f"avss-{variant}", site=site, stack=stack, tokenizer=tokenizer, **options)
+    name = "avss-robust" if robust else f"avss-{variant}"
+    return score_layers(model, data, by=name, site=site, stack=stack, tokenizer=tokenizer, **options)
 
 
 for _name, _make, _source, _sites in (
     ("avss-published", published, PAPER, SITES),
     ("avss-released", ReleasedAVSS, f"{PAPER}, the authors' released code", ("layer",)),
     ("avss-relative", relative, OURS, ("update", "layer", "attention", "mlp")),
+    ("avss-robust", limited, OURS, ("update", "layer", "attention", "mlp")),
 ):
     register(_name, _make, source=_source, higher_is_more_important=True, needs_data=True, sites=_sites)

@@ -24,6 +24,7 @@ class LayerScores:
             (`[num_layers + 1, num_layers + 1]`, between the states before any two layers) a score rates blocks of
             layers.
         data: What it was computed on: number of tokens, fingerprint, options; empty for scores of the weights.
+        notes: What a reader of the values should know.
     """
 
     name: str
@@ -33,6 +34,7 @@ class LayerScores:
     source: str
     details: dict[str, np.ndarray] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.values)
@@ -76,4 +78,5 @@ class LayerScores:
             "values": self.values.tolist(),
             "details": {name: array.tolist() for name, array in self.details.items()},
             "data": self.data,
+            "notes": list(self.notes),
         }

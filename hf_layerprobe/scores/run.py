@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, overload
 
 import numpy as np
@@ -48,7 +49,7 @@ def score_layers(
             that yields model inputs (a list of dicts of tensors, a `DataLoader`, a Trainer's `get_eval_dataloader()`);
             see `hf_layerprobe.activations.batches`. Scores of the weights need none. A loader that `accelerate` has prepared is
             a process's share: every process has to call this then, and gets the scores on the data of all.
-        by: A registered name, or several: avss-relative (or avss for short), avss-published, avss-released, influence,
+        by: A registered name, or several: avss-relative (avss for short), avss-robust, avss-published, avss-released, influence,
             angular, update-norm, cka, stable-rank, lid; taylor, which adds a backward pass on every batch, and bypass,
             which adds a run for each layer; docs, last, random. The data are gone through once.
         site: Which activations are measured, where the scores have a choice: `"layer"`, its output; `"update"`, output −
@@ -100,15 +101,14 @@ def score_layers(
                 "would not see what they see in use. Score the layers of `model.get_base_model()`."
             )
         share = is_share(data)
-        rows = batches(
-            own_rows(data) if share else data,
-            model,
-            tokenizer,
-            batch_size=batch_size,
-            max_length=max_length,
-            pack=pack,
-            max_tokens=max_tokens,
-        )
+        sizes = dict(batch_size=batch_size, max_length=max_length, pack=pack, max_tokens=max_tokens)
+        if share:
+            # A process without rows still takes part in adding up: the others wait for it.
+            rows = own_rows(data)
+            first = next(rows, None)
+            rows = [] if first is None else batches(chain([first], rows), model, tokenizer, **sizes)
+        else:
+            rows = batches(data, model, tokenizer, **sizes)
         watching, running = (
             [built[make] for make, score in streamed.items() if score.own_runs == own] for own in (False, True)
         )
@@ -136,4 +136,15 @@ def _result(score: Score, values: np.ndarray, details: dict, stack: LayerStack, 
             f"{score.name} of layers {bad} ({stack.path}) is not finite: the weights or activations there hold NaN or "
             "infinite values, or no token reached the layer. Check the weights, or run in float32 or bfloat16."
         )
-    return LayerScores(score.name, values, score.higher_is_more_important, stack.path, score.source, details, used)
+    higher, notes = score.higher_is_more_important, _notes(details)
+    return LayerScores(score.name, values, higher, stack.path, score.source, details, used, notes)
+
+
+def _notes(details: dict[str, np.ndarray]) -> tuple[str, ...]:
+    swamped = np.flatnonzero(details.get("largest_share_at_least", np.empty(0)) >= 0.5).tolist()
+    if not swamped:
+        return ()
+    return (
+        f"In layers {swamped} the largest 0.1 % of the values hold at least half of the second moment; the score is about "
+        "them. avss(..., robust=True) limits such values.",
+    )
