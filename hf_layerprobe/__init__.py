@@ -36,6 +36,7 @@ __all__ = [
     "metric_path",
     "model_card",
     "plan_pruning",
+    "prune_checkpoint",
     "prune_layers",
     "push_model",
     "score_layers",
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     from .report import model_card
     from .scores import LayerScores, SimilarityMatrix, avss, docs, docs_similarity, eavss, score_layers
     from .stacks import LayerStack, find_stacks
-    from .surgery import prune_layers
+    from .surgery import prune_checkpoint, prune_layers
 
 _HOMES = {
     "callbacks": ("LayerProbeCallback", "LayerProbeHistory"),
@@ -85,7 +86,7 @@ _HOMES = {
     "report": ("model_card",),
     "scores": ("LayerScores", "SimilarityMatrix", "avss", "docs", "docs_similarity", "eavss", "score_layers"),
     "stacks": ("LayerStack", "find_stacks"),
-    "surgery": ("prune_layers",),
+    "surgery": ("prune_checkpoint", "prune_layers"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -45,7 +45,7 @@ def test_help_does_not_wait_for_torch():
     script = (
         "import sys; from typer.testing import CliRunner; from hf_layerprobe.cli import app; "
         "results = [CliRunner().invoke(app, [*c, '--help']) for c in "
-        "([], ['demo'], ['docs'], ['avss'], ['plan'], ['prune'], ['push'], ['eval'])]; "
+        "([], ['demo'], ['docs'], ['avss'], ['plan'], ['prune'], ['prune-files'], ['push'], ['eval'])]; "
         "assert all(r.exit_code == 0 and 'Usage' in r.stdout for r in results); "
         "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     )

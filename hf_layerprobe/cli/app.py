@@ -11,6 +11,7 @@ from .demo import demo
 from .evaluating import evaluate
 from .exits import GuardedGroup
 from .pruning import plan, prune
+from .pruning_files import prune_files
 from .pushing import push
 from .scoring import avss, docs
 
@@ -28,6 +29,7 @@ app.command()(docs)
 app.command()(avss)
 app.command()(plan)
 app.command()(prune)
+app.command()(prune_files)
 app.command()(push)
 app.command("eval")(evaluate)
 

@@ -51,6 +51,14 @@ class Shards:
         for shard in dict.fromkeys(self._shard_of[key] for key in keys):
             self._path(shard)
 
+    def files(self) -> list[Path]:
+        """The files that hold tensors, in the order of their names; located (on the Hub: fetched) if they were not yet.
+
+        Raises:
+            LayerProbeError: A file that the index names is not there.
+        """
+        return [Path(self._path(shard)) for shard in sorted(set(self._shard_of.values()))]
+
     def read(self, key: str) -> torch.Tensor:
         """One tensor as it is stored.
 

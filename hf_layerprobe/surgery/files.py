@@ -1,0 +1,236 @@
+"""`prune_checkpoint`: layers removed from the files of a checkpoint, without loading the model.
+
+Tensors keep the names, the formats and the order that they have on disk; only the layers' numbers in the names change.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..errors import LayerProbeError, PruningError
+from ..files import check_new_folder, new_folder
+from ..loading import load_class
+from ..plan import PruningPlan, plan_pruning
+from ..progress import progress
+from ..stacks import resolve_stack
+from ..stacks.admissible import expressible
+from ..stacks.edit import StackEdit
+from ..weights.conversion import find_sources
+from ..weights.rewrite import rewrite
+from ..weights.shards import Shards
+from .gate import verify as verify_pruned
+
+# Of what lies beside the weights, what describes them, and other formats of the same weights.
+NOT_COPIED = (
+    "config.json",
+    "README.md",
+    "*.safetensors",
+    "*.index.json",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.h5",
+    "*.msgpack",
+)
+NOT_COPIED += ("*.gguf", "*.onnx", "*.ot", "pruning_plan.json", "adapter_*")
+
+
+def prune_checkpoint(
+    name_or_path: str | Path,
+    plan: PruningPlan | None = None,
+    *,
+    remove: Iterable[int] | Mapping[str, Iterable[int]] | None = None,
+    keep: Iterable[int] | Mapping[str, Iterable[int]] | None = None,
+    stack: str | None = None,
+    output_dir: str | Path,
+    verify: bool = True,
+    token: str | bool | None = None,
+) -> Path:
+    """Removes layers from the safetensors files of a checkpoint, without loading the model: memory does not grow with it.
+
+    Whether the architecture can lose the layers, and whether the new files have every tensor that the new model needs, is
+    looked at before anything is written or (from the Hub) the weights are downloaded. Tokenizer, generation config, licence
+    and the like are copied.
+
+    Args:
+        name_or_path: A folder, or a Hub id.
+        plan: A plan; else say what to remove.
+        remove: Layers to remove (0-based), or a dict of them by stack.
+        keep: Layers to keep (0-based), or a dict of them.
+        stack: Path of the stack; the main one by default.
+        output_dir: A new or empty folder.
+        verify: Then also run the new model and the old one, mapped from their files (they need address space, not memory of
+            their own), and compare them as [`prune_layers`] does. Quantised checkpoints are not run.
+        token: The token for the Hub.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PruningError: The kept set cannot be expressed, or the plan is for another number of layers.
+        VerificationError: The new model does not compute what the old one does with those layers bypassed.
+        LayerProbeError: No safetensors checkpoint, one that is damaged, or one whose names do not tell the layers.
+    """
+    output_dir, name = Path(output_dir), str(name_or_path)
+    check_new_folder(output_dir)
+    config, model_class = load_class(name, token=token)
+    settings = getattr(config, "quantization_config", None)
+    with torch.device("meta"):
+        model = model_class(config)
+    model.config.name_or_path = name
+    if plan is None:
+        plan = plan_pruning(model, remove=remove, keep=keep, stack=stack)
+    elif remove is not None or keep is not None or stack is not None:
+        raise PruningError("Pass a plan, or say what to remove; not both.")
+    kept = {}
+    for part in plan.parts:
+        found = resolve_stack(model, part.stack)
+        part.check_fits(found)
+        kept[found] = part.keep
+    edit = expressible(kept)
+    moved = {**edit.sources, **edit.computed}
+    if moved:
+        raise PruningError(
+            f"Without those layers {', '.join(sorted(moved)[:3])} has to be computed or to come from another layer, which is not "
+            "done on files; load the model: `prune_layers(load it, ...)`, or `prune` without `--without-loading`."
+        )
+    shards = Shards(name)
+    names = {path: _place(model, path, shards.keys) for path in edit.kept}
+    renaming = _Renaming({names[path]: keep for path, keep in edit.kept.items()})
+    _check_complete(model, edit, shards, renaming)
+    shards.locate(shards.keys)
+
+    with new_folder(output_dir) as folder:
+        _copy_tensors(shards, folder, renaming)
+        new_config = edit.model.config
+        new_config.architectures = config.architectures
+        new_config.dtype = config.dtype
+        if settings is not None:
+            new_config.quantization_config = _renumbered(settings, edit.kept)
+        new_config.save_pretrained(folder)
+        _copy_others(name, folder, token)
+        plan.save(folder)
+
+        from ..report import write_card  # the last room: it stands behind this one
+
+        write_card(folder, model)
+        if verify and settings is None:
+            _compare(model_class, name, folder, plan, token)
+    return output_dir
+
+
+class _Renaming:
+    """Names of tensors in the files, by the layers kept at each place."""
+
+    def __init__(self, kept: Mapping[tuple[str, ...], Sequence[int]]):
+        self.kept = {place: {old: new for new, old in enumerate(keep)} for place, keep in kept.items()}
+
+    def __call__(self, key: str) -> str | None:
+        """The new name, or None for a tensor of a removed layer."""
+        parts = key.split(".")
+        for place, new_index in self.kept.items():
+            at = len(place)
+            if tuple(parts[:at]) == place and len(parts) > at and parts[at].isdigit():
+                new = new_index.get(int(parts[at]))
+                return None if new is None else ".".join([*place, str(new), *parts[at + 1 :]])
+        return key
+
+
+def _place(model: PreTrainedModel, path: str, keys: Sequence[str]) -> tuple[str, ...]:
+    """What stands before the layers' numbers in the files' names; `("h",)` for `h.0.attn.weight`, where `path` is
+    `transformer.h`.
+
+    Raises:
+        LayerProbeError: The names do not tell the layers apart.
+    """
+    places = None
+    for name, source in find_sources(model, keys).items():
+        if not name.startswith(f"{path}."):
+            continue
+        layer = name[len(path) + 1 :].split(".")[0]
+        for key, _ in source.keys:
+            parts = key.split(".")
+            found = {tuple(parts[:at]) for at, part in enumerate(parts) if part == layer}
+            places = found if places is None else places & found
+    if not places or len(places) != 1:
+        raise LayerProbeError(
+            f"The names of the tensors in the checkpoint do not tell which layer of {path!r} they belong to (such as "
+            f"{min(keys, default=None)!r}); load the model and prune it in memory."
+        )
+    return next(iter(places))
+
+
+def _check_complete(model: PreTrainedModel, edit: StackEdit, shards: Shards, renaming: _Renaming) -> None:
+    """Every parameter that the old model finds in its files, the new one finds in its own."""
+    new = edit.model
+    new_keys = [renamed for key in shards.keys if (renamed := renaming(key)) is not None]
+    if len(set(new_keys)) != len(new_keys):
+        raise LayerProbeError(
+            "Two tensors of the checkpoint would get the same name; load the model and prune it in memory."
+        )
+    # Some parameters are in no file: tied ones, and those that quantised weights stand for.
+    without = model.state_dict().keys() - find_sources(model, shards.keys).keys()
+    new_without = new.state_dict().keys() - find_sources(new, new_keys).keys()
+    missing = [name for name in new_without if edit.source(name) not in without]
+    if missing:
+        raise LayerProbeError(
+            f"The pruned {type(new).__name__} would find no tensor for {len(missing)} of its parameters, such as {min(missing)!r}; "
+            "load the model and prune it in memory."
+        )
+
+
+def _copy_tensors(shards: Shards, folder: Path, renaming: _Renaming) -> None:
+    written: list[tuple[Path, dict[str, int]]] = []
+    for source in progress(shards.files(), desc="Copying", unit="file"):
+        target = folder / f"part-{len(written)}"
+        if sizes := rewrite(source, target, renaming):
+            written.append((target, sizes))
+    if len(written) == 1:
+        written[0][0].rename(folder / SAFE_WEIGHTS_NAME)
+        return
+    weight_map = {}
+    for number, (path, sizes) in enumerate(written, 1):
+        shard = f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        path.rename(folder / shard)
+        weight_map |= dict.fromkeys(sizes, shard)
+    total = sum(sum(sizes.values()) for _, sizes in written)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_others(name: str, folder: Path, token: str | bool | None) -> None:
+    source = Path(name)
+    if not source.is_dir():
+        source = Path(snapshot_download(name, ignore_patterns=list(NOT_COPIED), token=token))
+    for path in source.iterdir():
+        if path.is_file() and not path.name.startswith(".") and not any(path.match(pattern) for pattern in NOT_COPIED):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _renumbered(value: Any, kept: Mapping[str, Sequence[int]]) -> Any:
+    """Quantisation settings in which lists and keys that name modules name them by their new numbers."""
+    renaming = _Renaming({tuple(path.split(".")): keep for path, keep in kept.items()})
+    if isinstance(value, dict):
+        renamed = {renaming(key): _renumbered(item, kept) for key, item in value.items()}
+        return {key: item for key, item in renamed.items() if key is not None}
+    if isinstance(value, (list, tuple)):
+        return [_renumbered(item, kept) for item in value if not isinstance(item, str) or renaming(item) is not None]
+    return renaming(value) if isinstance(value, str) else value
+
+
+def _compare(
+    model_class: type[PreTrainedModel], name: str, folder: Path, plan: PruningPlan, token: str | bool | None
+) -> None:
+    # Weights in the dtype that they are stored in stay pages of their files.
+    old = model_class.from_pretrained(name, dtype="auto", token=token)
+    new = model_class.from_pretrained(folder, dtype="auto", local_files_only=True)
+    verify_pruned({resolve_stack(old, part.stack): part.remove for part in plan.parts}, new)
