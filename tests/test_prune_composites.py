@@ -183,7 +183,7 @@ def test_inputs_that_do_not_fit_are_refused_by_name():
         )
     )
     model.config.num_channels = 5
-    with pytest.raises(PruningError, match="No inputs could be made.*pixel_values \[2, 5"):
+    with pytest.raises(PruningError, match=r"No inputs could be made.*pixel_values \[2, 5"):
         gate.verify({find_stacks(model)[0]: [1]}, model)
 
 

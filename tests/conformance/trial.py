@@ -1,0 +1,198 @@
+"""One model type: a tiny random model of it, pruned in several ways, each reloaded from disk and compared."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_layerprobe import LayerProbeError, LayerStack, PruningError, find_stacks, prune_layers
+from hf_layerprobe.surgery.inputs import example_inputs
+
+from .compare import TOLERANCE, difference, outputs, without
+from .tiny_config import tiny_configs
+from .types import classes_of
+
+LARGEST = 100e6  # parameters
+LONGEST = 25  # seconds of computing for finding inputs; four times as much for pruning
+
+
+class TooLong(BaseException):
+    """Not an Exception: nothing that tries a model may take it for the model's."""
+
+
+def try_type(model_type: str) -> dict[str, Any]:
+    """What became of one model type.
+
+    Returns:
+        `class`, `outcome` and `stacks`; `why` where the outcome is not about pruning. The outcome is one of `"pruned"`
+        (the main stack has kept sets that came out equal), `"refused"`, `"no stack"`, `"not run"`, `"not built"`, and what
+        must not be: `"wrong"`, `"crashed"`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = _Runnable()
+        try:
+            with _at_most(LONGEST):
+                found.search(model_type)
+        except TooLong:
+            found.why = found.why or f"no inputs were found in {LONGEST} s of computing"
+        if found.model is None or found.why:
+            outcome = "not built" if found.model is None else "not run"
+            return {"class": found.name, "outcome": outcome, "why": _short(found.why), "stacks": []}
+        try:
+            with _at_most(4 * LONGEST):
+                return _try_stacks(found.model)
+        except TooLong:
+            return {"class": found.name, "outcome": "crashed", "why": f"not done in {4 * LONGEST} s", "stacks": []}
+
+
+def _try_stacks(model: PreTrainedModel) -> dict[str, Any]:
+    record: dict[str, Any] = {"class": type(model).__name__, "outcome": "no stack", "stacks": []}
+    for stack in find_stacks(model):
+        record["stacks"].append(_try_stack(model, stack))
+    found = [outcome for stack in record["stacks"] for outcome in stack["sets"].values()]
+    if record["stacks"]:
+        main = record["stacks"][0]["sets"].values()
+        record["outcome"] = "pruned" if any(outcome.startswith("equal") for outcome in main) else "refused"
+    for bad in ("wrong", "crashed"):
+        if any(outcome.startswith(bad) for outcome in found):
+            record["outcome"] = bad
+    return record
+
+
+class _Runnable:
+    """The first tiny model of a type that runs; else one that does not, and why."""
+
+    def __init__(self):
+        self.model: PreTrainedModel | None = None
+        self.why: str | None = "no tiny config could be made"
+
+    @property
+    def name(self) -> str | None:
+        return type(self.model).__name__ if self.model is not None else None
+
+    def search(self, model_type: str) -> None:
+        config_class, classes = classes_of(model_type)
+        if config_class is None or not classes:
+            self.why = "Transformers names no model class that it has"
+            return
+        for model_class in classes[:3]:
+            for config in tiny_configs(config_class):
+                if (model := self._built(model_class, config)) is None:
+                    continue
+                try:
+                    stacks = find_stacks(model)
+                    example_inputs(model, stacks[0].layers if stacks else ())
+                except LayerProbeError as error:
+                    if self.model is None:
+                        self.model, self.why = model, str(error)
+                    continue
+                self.model, self.why = model, None
+                return
+
+    def _built(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | None:
+        try:
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in model_class(config).parameters())
+            if size <= LARGEST:
+                torch.manual_seed(0)
+                return _mattering(model_class(config))
+            problem = f"the smallest config that could be made has {size / 1e6:.0f} M parameters"
+        except Exception as error:  # whatever a constructor raises
+            problem = f"{type(error).__name__}: {error}".strip()
+        if self.model is None:
+            self.why = problem
+        return None
+
+
+def _mattering(model: PreTrainedModel) -> PreTrainedModel:
+    """With random weights such that every layer, norm, bias and gate makes a difference, in evaluation mode."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                if parameter.dim() >= 2:
+                    parameter.normal_(std=parameter[0].numel() ** -0.5)
+                else:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    model.tie_weights()
+    return model.eval()
+
+
+def _try_stack(model: PreTrainedModel, stack: LayerStack) -> dict[str, Any]:
+    number = stack.num_layers
+    # First, inner and last at once; each by itself where they cannot all go.
+    together = [(0, number // 2, number - 1)] if number > 3 else []
+    apart = [(1, 3) if number > 4 else (1,), (0,), (number - 1,)]
+    record: dict[str, Any] = {"path": stack.path, "layers": number, "sets": {}}
+    suggested = None
+    for removed in dict.fromkeys((*together, *apart)):
+        outcome, error = _try_set(model, stack, removed)
+        record["sets"][_key(removed)] = outcome
+        if error is not None and error.nearest and suggested is None:
+            suggested = tuple(i for i in range(number) if i not in error.nearest[0])
+        if removed in together and outcome == "equal":
+            break
+    if suggested and _key(suggested) not in record["sets"]:
+        # What a refusal recommends has to work.
+        outcome, _ = _try_set(model, stack, suggested)
+        record["sets"][_key(suggested)] = outcome
+    return record
+
+
+def _short(text: str) -> str:
+    """Without the lists of everything that was tried."""
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:299]}…"
+
+
+def _key(removed: tuple[int, ...]) -> str:
+    return ", ".join(map(str, removed))
+
+
+def _try_set(model: PreTrainedModel, stack: LayerStack, removed: tuple[int, ...]) -> tuple[str, PruningError | None]:
+    """`"equal"`, or the reason after `"refused: "`, `"wrong: "` or `"crashed: "`."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            prune_layers(model, remove=removed, stack=stack.path, output_dir=Path(folder, "pruned"))
+            reloaded = type(model).from_pretrained(Path(folder, "pruned")).eval()
+    except PruningError as error:
+        return _short(f"refused: {error}"), error
+    except LayerProbeError as error:
+        return _short(f"refused: {error}"), None
+    except Exception as error:
+        return _short(f"crashed: {type(error).__name__}: {error}"), None
+    inputs = example_inputs(model, [stack.layers[i] for i in removed])
+    try:
+        with without([stack.layers, *(each.layers for each in stack.siblings)], removed):
+            expected = outputs(model, inputs)
+        found = outputs(reloaded, inputs)
+    except AssertionError as error:
+        return f"equal to the library's own check alone: {error}", None
+    except Exception as error:
+        return f"wrong: {type(error).__name__}: {error}", None
+    largest = difference(expected, found)
+    return ("equal" if largest <= TOLERANCE else f"wrong: differs by {largest:.1e}"), None
+
+
+@contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    """Seconds of computing, so that a busy machine does not change what is found."""
+
+    def stop(*_):
+        raise TooLong
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

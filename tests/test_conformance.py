@@ -1,0 +1,51 @@
+"""A part of the conformance run, for every day; all types are tried by `python -m tests.conformance`."""
+
+import pytest
+import torch
+from conformance.compare import difference
+from conformance.tiny_config import tiny_configs
+from conformance.trial import try_type
+from conformance.types import model_types
+from tiny import tiny_model
+
+# Every way in which architectures differ: heads, modalities, hybrids, experts, rules of position, old and new code.
+REPRESENTATIVE = """
+    albert audio-spectrogram-transformer bamba bart beit bert bloom canine clip cohere2 deberta-v2 deepseek_v3 diffllama
+    dinov2 distilbert electra falcon fsmt gemma2 gemma3_text gemma4_text gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj
+    idefics3 jamba layoutlm llama llama4_text llava longformer mamba2 marian minicpm3 mistral mixtral modernbert
+    nemotron_h olmo2 openai-gpt opt patchtst phi3 pix2struct qwen2 qwen2_moe qwen3 qwen3_next roberta smollm3 swin t5
+    videomae vit wav2vec2 whisper xlm
+""".split()  # noqa: SIM905
+TYPES = [name for name in REPRESENTATIVE if name in model_types()]
+
+
+def test_enough_types_are_known():
+    assert len(REPRESENTATIVE) == 60 and len(TYPES) >= 45
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_what_is_saved_is_what_was_meant_or_nothing(model_type):
+    record = try_type(model_type)
+    assert record["outcome"] not in ("wrong", "crashed"), record
+
+
+def test_the_comparison_sees_what_differs():
+    """The judge of the run is judged: one changed weight, a missing output, another shape, an infinity."""
+    model, ids = tiny_model("llama"), torch.arange(5)[None] + 7
+    with torch.no_grad():
+        before = {"logits": model(ids).logits}
+        model.model.layers[2].mlp.up_proj.weight[3] += 0.1
+        after = {"logits": model(ids).logits}
+    assert difference(before, dict(before)) == 0 and difference(before, after) > 1e-3
+    infinite = {"logits": torch.full_like(before["logits"], torch.inf)}
+    for other in ({}, {**before, "more": before["logits"]}, {"logits": before["logits"][:, :2]}, infinite):
+        assert difference(before, other) == float("inf")
+
+
+def test_a_tiny_config_is_tiny_and_whole():
+    from transformers import AutoConfig, Qwen3Config
+
+    config = next(tiny_configs(Qwen3Config))
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (6, 64, 4)
+    assert config.num_key_value_heads == 4 and len(config.layer_types) == 6
+    assert AutoConfig.for_model(**config.to_dict()).num_hidden_layers == 6
