@@ -273,7 +273,7 @@ class LayerProbeCallback(TrainerCallback, ExportableState):
         if not self._stepping:
             yield
             return
-        with self._watched.passes.open(training=True):
+        with self._watched.passes.open(training=True, compiled=self._joined().args.torch_compile):
             yield
 
     def _say_what_will_not_come(self, args, state) -> None:

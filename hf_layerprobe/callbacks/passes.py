@@ -49,11 +49,18 @@ class Passes:
         self._loader: DataLoader | None = None
 
     @contextmanager
-    def open(self, *, training: bool) -> Iterator[None]:
-        """Within the context, passes in that mode are taken; hooks are there for no longer."""
-        self.reset()
+    def open(self, *, training: bool, compiled: bool = False) -> Iterator[None]:
+        """Within the context, passes in that mode are taken; hooks are there for no longer.
+
+        Compiled graphs know no hooks that come later: they rest meanwhile, as they are, and modules run uncompiled.
+
+        Args:
+            training: Which mode.
+            compiled: Whether something around the model is compiled; what is in it is found.
+        """
         self._stream.training = training
-        with _eager(self.stack.model), self._stream:
+        compiled = compiled or any(map(_is_compiled, self.stack.model.modules()))
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), self._stream:
             yield
 
     def update(
@@ -109,10 +116,5 @@ def around(owner: Any, name: str, context: Callable[[], AbstractContextManager])
     return undo
 
 
-def _eager(model: nn.Module) -> AbstractContextManager:
-    """Compiled graphs know no hooks that come later: within the context they rest, as they are, and modules run uncompiled."""
-    compiled = any(
-        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
-        for module in model.modules()
-    )
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
