@@ -18,6 +18,8 @@ __all__ = [
     "LayerProbeHistory",
     "LayerScores",
     "LayerStack",
+    "ProgressivePruningCallback",
+    "PruneOnTrainEndCallback",
     "PruningError",
     "PruningPlan",
     "SimilarityMatrix",
@@ -43,7 +45,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .callbacks import LayerProbeCallback, LayerProbeHistory
+    from .callbacks import (
+        LayerProbeCallback,
+        LayerProbeHistory,
+        ProgressivePruningCallback,
+        PruneOnTrainEndCallback,
+    )
     from .errors import HubError, LayerProbeError, PruningError
     from .evaluation import (
         Comparison,
@@ -66,7 +73,12 @@ if TYPE_CHECKING:
     from .surgery import prune_checkpoint, prune_layers
 
 _HOMES = {
-    "callbacks": ("LayerProbeCallback", "LayerProbeHistory"),
+    "callbacks": (
+        "LayerProbeCallback",
+        "LayerProbeHistory",
+        "ProgressivePruningCallback",
+        "PruneOnTrainEndCallback",
+    ),
     "errors": ("HubError", "LayerProbeError", "PruningError"),
     "evaluation": (
         "Comparison",

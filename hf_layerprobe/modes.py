@@ -1,4 +1,4 @@
-"""Evaluation mode for a while, with every module's own mode restored."""
+"""Evaluation mode, or a model's own precision, for a while; what was before is restored."""
 
 from __future__ import annotations
 
@@ -23,3 +23,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def in_own_precision(model: nn.Module) -> Iterator[None]:
+    """Within the context, a model that accelerate has prepared for mixed precision computes as it is, without autocast."""
+    wrapped = vars(model).pop("forward", None) if "_original_forward" in vars(model) else None
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped

@@ -43,6 +43,10 @@ def test_the_trainer_block(names):
     history = next(block for block in BLOCKS if "LayerProbeHistory" in block)
     exec(history.replace("drift/norm", "docs/q"), names)
     assert names["history"]["avss"].shape == (2, 4) and Path("history.png").is_file()
+    pruning = next(block for block in BLOCKS if "ProgressivePruningCallback" in block)
+    exec(pruning.replace("{200: 1, 400: 1}", "{2: 1, 3: 1}"), names)
+    assert names["model"].config.num_hidden_layers == 2
+    assert tf.AutoModelForCausalLM.from_pretrained("out/pruned-4").config.num_hidden_layers == 1
 
 
 def test_the_pruning_block(names, tmp_path, monkeypatch):

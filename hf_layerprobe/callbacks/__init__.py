@@ -2,5 +2,7 @@
 
 from .history import LayerProbeHistory
 from .layer_probe import LayerProbeCallback
+from .progressive import ProgressivePruningCallback
+from .train_end import PruneOnTrainEndCallback
 
-__all__ = ["LayerProbeCallback", "LayerProbeHistory"]
+__all__ = ["LayerProbeCallback", "LayerProbeHistory", "ProgressivePruningCallback", "PruneOnTrainEndCallback"]

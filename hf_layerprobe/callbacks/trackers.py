@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib import colormaps
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
@@ -45,27 +45,18 @@ def log(
     control: TrainerControl,
     context: Mapping[str, Any],
 ) -> None:
-    """Does what `Trainer.log` does, for trackers alone; progress bars and printers are spared.
+    """Logs measurements, with pictures and histograms where a tracker takes them.
 
     Args:
         found: What to log.
         past: name → its values so far, one row a snapshot; the new ones are appended.
         args: Of the event being handled, as are the others.
     """
-    logs = {name: value for measurement in found for name, value in measurement.logs.items()}
-    if not logs:
-        return
-    if state.epoch is not None:
-        logs["epoch"] = state.epoch
-    state.log_history.append({**logs, "step": state.global_step})
-    handler = on_call_stack(CallbackHandler)
-    known = tuple(INTEGRATION_TO_CALLBACK.values())
-    trackers = [callback for callback in handler.callbacks if isinstance(callback, known)] if handler else []
+    trackers = log_numbers({n: v for each in found for n, v in each.logs.items()}, args, state, control, context)
     for measurement in found:
         past.setdefault(measurement.name, []).append(neighbours(measurement.values))
     pictures, samples = None, None
     for tracker in trackers:
-        tracker.on_log(args, state, control, logs=dict(logs), **context)
         send = next((SENDERS[kind.__name__] for kind in type(tracker).__mro__ if kind.__name__ in SENDERS), None)
         if send is None:
             continue
@@ -75,6 +66,31 @@ def log(
             send(tracker, pictures, samples, state.global_step)
         except Exception as error:  # whatever a tracker does not like about a picture must not end a training
             logger.warning_once(f"{type(tracker).__name__} takes no pictures: {type(error).__name__}: {error}")
+
+
+def log_numbers(
+    logs: dict[str, float],
+    args: TrainingArguments,
+    state: TrainerState,
+    control: TrainerControl,
+    context: Mapping[str, Any],
+) -> list[TrainerCallback]:
+    """Does what `Trainer.log` does, for trackers alone; progress bars and printers are spared.
+
+    Returns:
+        The trackers.
+    """
+    if not logs:
+        return []
+    if state.epoch is not None:
+        logs = {**logs, "epoch": state.epoch}
+    state.log_history.append({**logs, "step": state.global_step})
+    handler = on_call_stack(CallbackHandler)
+    known = tuple(INTEGRATION_TO_CALLBACK.values())
+    trackers = [callback for callback in handler.callbacks if isinstance(callback, known)] if handler else []
+    for tracker in trackers:
+        tracker.on_log(args, state, control, logs=dict(logs), **context)
+    return trackers
 
 
 def _drawn(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..errors import PruningError, VerificationError
@@ -65,10 +66,10 @@ def verify(removed: Mapping[LayerStack, Sequence[int]], pruned: PreTrainedModel)
             (stack.num_layers, [i for i in range(stack.num_layers) if i not in each]) for stack, each in removed.items()
         ]
         expected = without_removed(expected, found, kept)
-        if differs := difference(float_outputs(expected), float_outputs(found), limit):
+        if how := difference(float_outputs(expected), float_outputs(found), limit):
             raise VerificationError(
                 f"The pruned {type(pruned).__name__} {what} does not compute what the original does with those layers "
-                f"bypassed: {differs}. This architecture ties a layer's function to its position or to the number of "
+                f"bypassed: {how}. This architecture ties a layer's function to its position or to the number of "
                 "layers, or something else reads the removed layers."
             )
         if (
@@ -80,6 +81,23 @@ def verify(removed: Mapping[LayerStack, Sequence[int]], pruned: PreTrainedModel)
                 f"The pruned {type(pruned).__name__} {what} generates other tokens with its cache than without, which the "
                 "original does not."
             )
+
+
+def differs(one: PreTrainedModel, other: PreTrainedModel, layers: Sequence[nn.Module]) -> str | None:
+    """How the outputs of two models on generated inputs differ, in words; None if they do not.
+
+    Args:
+        one: A model.
+        other: One that should compute the same.
+        layers: Layers of `one` that the inputs have to run.
+
+    Raises:
+        PruningError: No such inputs are known.
+    """
+    limit = TOLERANCE.get(one.dtype, TOLERANCE[torch.float32])
+    with evaluating(one, other), torch.no_grad():
+        inputs = example_inputs(one, layers)
+        return difference(*(float_outputs(_run(each, inputs)) for each in (one, other)), limit)
 
 
 def _run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]):
