@@ -333,21 +333,35 @@ def test_the_layers_that_read_queries_stay_the_last(layers, blocks):
     assert pruned.config.num_blocks == blocks == len(pruned.attn_mask_probs)
 
 
-def test_t5_generates_with_a_cache_of_the_encoders_length():
-    """Transformers takes the encoder's number of layers for the decoder's; with fewer, generation with a cache fails."""
+def test_t5_generates_with_a_shorter_encoder(tmp_path):
+    """Transformers takes the encoder's number of layers for the decoder's, where the config does not say better."""
     model_class, config = FAMILIES["t5"]
     config = config()
     config.num_layers = config.num_decoder_layers = 4
     model = redrawn(model_class(config))
+    prune_layers(model, remove=[0, 1], output_dir=tmp_path / "out")
+    pruned = model_class.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[5, 6, 7]])
+    runs = [pruned.generate(ids, use_cache=cache, max_new_tokens=6, do_sample=False) for cache in (True, False)]
+    assert torch.equal(*runs)
+    twice = prune_layers(pruned, remove=[2], stack="decoder.block")
+    assert (twice.config.num_layers, twice.config.num_decoder_layers, twice.config.decoder_layers) == (2, 3, 3)
+
+
+def test_prophetnet_cannot_generate_with_a_shorter_encoder():
+    config = tf.ProphetNetConfig(
+        hidden_size=32, encoder_ffn_dim=48, decoder_ffn_dim=48, num_encoder_layers=3, num_decoder_layers=3,
+        num_encoder_attention_heads=4, num_decoder_attention_heads=4, vocab_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    model = on_meta(lambda: tf.ProphetNetForConditionalGeneration(config))
     with pytest.raises(
-        PruningError,
-        match="left with 3 layers and the decoder with 4.*Remove at least 1 layers of the decoder in the same call",
+        PruningError, match="left with 2 layers and the decoder with 3.*Remove at least 1 layers of the decoder"
     ):
-        prune_layers(model, remove=[1])
-    prune_layers(model, remove={"encoder.block": [1], "decoder.block": [2]})
-    prune_layers(model, remove=[1], stack="decoder.block")
-    plan = plan_pruning(model, ratio=0.25, by="last", stack=["encoder.block", "decoder.block"])
-    assert [part.remove for part in plan.parts] == [(3,), (3,)]
+        plan_pruning(model, remove=[1])
+    encoder, decoder = (stack.path for stack in find_stacks(model))
+    plan = plan_pruning(model, num_layers=1, by="last", stack=[encoder, decoder])
+    assert [part.remove for part in plan.parts] == [(2,), (2,)]
+    plan_pruning(model, remove={encoder: [0], decoder: [1]})
 
 
 def test_outputs_of_every_layer_are_compared_without_the_removed_ones():
@@ -370,3 +384,45 @@ def test_outputs_of_every_layer_are_compared_without_the_removed_ones():
     )
     del new["x"]
     assert difference(float_outputs(without_removed(old, new, kept)), float_outputs(new), 9) is not None
+
+
+@pytest.mark.parametrize("stable, layers", [(False, [0, 2]), (False, [1, 3]), (True, [0, 2])])
+def test_states_that_become_one_weigh_what_both_did(stable, layers):
+    config = tf.Wav2Vec2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, conv_dim=(8,) * 3,
+        conv_kernel=(3,) * 3, conv_stride=(2,) * 3, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        use_weighted_layer_sum=True, do_stable_layer_norm=stable, classifier_proj_size=8,
+    )  # fmt: skip
+    model = redrawn(tf.Wav2Vec2ForSequenceClassification(config))
+    torch.nn.init.normal_(model.layer_weights)
+    assert same_as_bypassed(model, layers).layer_weights.shape == (3,)
+    if stable:
+        with pytest.raises(PruningError, match="layer_weights weighs .* so the last layer must stay"):
+            prune_layers(model, remove=[3])
+
+
+def test_packed_tensors_belong_to_the_stack_beside_them():
+    """Text and vision with as many layers each, pruned in one call."""
+    text = dict(
+        **SIX,
+        head_dim=8,
+        global_head_dim=8,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+    )
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+    )
+    config = tf.Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
+    model = redrawn(tf.Gemma4ForConditionalGeneration(config))
+    text, vision = find_stacks(model)
+    old = model.model.language_model.embed_tokens_per_layer.weight.unflatten(1, (6, 8))
+    pruned = prune_layers(model, keep={vision.path: [0, 1, 2, 3], text.path: [1, 2, 4, 5]}, verify=False)
+    new = pruned.model.language_model.embed_tokens_per_layer.weight.unflatten(1, (4, 8))
+    assert torch.equal(new, old[:, [1, 2, 4, 5]])

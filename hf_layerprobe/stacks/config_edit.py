@@ -81,6 +81,8 @@ LAST_INDICES = frozenset(["moe_layer_end_index"])
 SPARSE_STEP = "decoder_sparse_step"
 # Divided by the root of the number of layers in the model's code.
 ROOT_SCALES = frozenset(["scale_depth"])
+# Plain dictionaries that a config derives from a count, and that win over it when read back (FastSpeech2Conformer).
+DERIVED = {"encoder_layers": "encoder_config", "decoder_layers": "decoder_config"}
 # Settings of single layers by index, in a dictionary.
 PER_LAYER_CONFIG = "per_layer_config"
 # As long as the stack by coincidence, or described again by a field above.
@@ -120,6 +122,7 @@ def edited_config(
     if binding.index is None:  # the lists of a pyramid have an entry for each stage
         own.update(_per_layer_edits(node, binding.field, num_layers, keep))
     own[binding.field] = binding.value(config, keep)
+    own.update(_decoder_length(node, binding.field, own))
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         path = Path(folder, "config.json")
@@ -129,6 +132,9 @@ def edited_config(
             for name in names:
                 target = target.setdefault(name, {})
             target.update(values)
+            for name in DERIVED.keys() & values:
+                if isinstance(target.get(DERIVED[name]), dict) and not target[DERIVED[name]].get("model_type"):
+                    del target[DERIVED[name]]
         path.write_text(json.dumps(saved), encoding="utf-8")
         edited = type(config).from_pretrained(folder)
     edited.name_or_path = config.name_or_path
@@ -136,6 +142,20 @@ def edited_config(
         _at(edited, names)._attn_implementation = inner._attn_implementation
     _check_lists(binding.config_node(edited), node, own, num_layers)
     return edited
+
+
+def _decoder_length(node: PreTrainedConfig, field: str, written: dict[str, Any]) -> dict[str, int]:
+    """For T5 and its family, the name under which Transformers looks for the decoder's number of layers, to make its cache.
+
+    Without it, it takes the encoder's, and a decoder of more layers than that fails to generate.
+    """
+    if not (
+        node.is_encoder_decoder and hasattr(node, "num_decoder_layers") and "num_hidden_layers" in node.attribute_map
+    ):
+        return {}
+    decoder = written.get("num_decoder_layers", node.num_decoder_layers)
+    encoder = node.num_hidden_layers if field == "num_decoder_layers" else written[field]
+    return {"decoder_layers": decoder} if encoder < decoder or hasattr(node, "decoder_layers") else {}
 
 
 def _at(config: PreTrainedConfig, names: Sequence[str]) -> PreTrainedConfig:

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from .bind import build_on_meta
 from .config_edit import edited_config
 from .kinds import Kind, describe_rule, layer_kinds, settings_elsewhere
 from .refusal import Refusal
-from .rescue import MID_POSITIONS, Compute, Rescue, mid_positions, packed
+from .rescue import MID_POSITIONS, STATE_WEIGHTS, Compute, Rescue, mid_positions, packed, state_weights
 from .rules import check_cache, check_rules
 from .taps import check_taps
 
@@ -208,13 +209,22 @@ def _untied(original: PreTrainedModel, edit: StackEdit) -> Iterator[str]:
 
 def _repacked(edit: StackEdit, name: str, shape: tuple[int, ...], old: tuple[int, ...]) -> dict[str, Compute]:
     """How to compute a tensor outside the stacks that has a part for each layer; nothing if it is none."""
-    for path, keep in edit.kept.items():
+    # Of several stacks, it belongs to the one beside it.
+    for path, keep in sorted(edit.kept.items(), key=lambda item: -_shared_parts(name, item[0])):
         num_layers = edit.num_layers[path]
         if name.endswith(MID_POSITIONS):
             return mid_positions(name, num_layers, keep)
+        if name.endswith(STATE_WEIGHTS) and (old, shape) == ((num_layers + 1,), (len(keep) + 1,)):
+            return state_weights(name, num_layers, keep, getattr(edit.model.config, "do_stable_layer_norm", False))
         if compute := packed(name, shape, old, num_layers, keep):
             return {name: compute}
     return {}
+
+
+def _shared_parts(one: str, other: str) -> int:
+    return sum(
+        1 for _ in takewhile(lambda parts: parts[0] == parts[1], zip(one.split("."), other.split("."), strict=False))
+    )
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -29,6 +29,7 @@ PACKED = {
 }
 # Buffers with an entry for each of the last layers.
 OF_LAST_LAYERS = "attn_mask_probs"
+STATE_WEIGHTS = "layer_weights"
 MID_POSITIONS = "interpolation.mid_position_embeddings"
 
 
@@ -117,6 +118,22 @@ def mid_positions(name: str, num_layers: int, keep: Sequence[int]) -> dict[str, 
     if keep[0] > 0:
         computed[first] = lambda old: old[first] + old[name][: keep[0]].sum(0)
     return computed
+
+
+def state_weights(name: str, num_layers: int, keep: Sequence[int], normed_last: bool) -> dict[str, Compute]:
+    """Wav2Vec2 and its family can weigh all hidden states by a softmax: states that become one weigh what both did.
+
+    Raises:
+        Refusal: The last layer goes, after which the states are normalised, so that they do not become one.
+    """
+    if normed_last and keep[-1] != num_layers - 1:
+        raise Refusal(
+            f"{name} weighs the state before the final norm and the one after it, so the last layer must stay",
+            needs=[{num_layers - 1}],
+        )
+    starts = [0, *(i + 1 for i in keep)]  # state i + 1 is the output of layer i, state 0 that of the embeddings
+    ends = [*starts[1:], num_layers + 1]
+    return {name: lambda old: torch.stack([old[name][i:end].logsumexp(0) for i, end in zip(starts, ends, strict=True)])}
 
 
 def _tensor_name(key: str) -> str | None:

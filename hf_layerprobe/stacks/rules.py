@@ -46,7 +46,7 @@ def check_cache(old: PreTrainedConfig, new: PreTrainedConfig) -> None:
 
 
 def check_lengths(old: PreTrainedConfig, new: PreTrainedConfig) -> None:
-    """For T5 and its family, Transformers makes the decoder's cache for as many layers as the encoder has: the encoder may not
+    """For ProphetNet, Transformers makes the decoder's cache for as many layers as the encoder has: the encoder may not
     become the shorter one.
 
     Raises:
