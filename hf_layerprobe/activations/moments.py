@@ -17,10 +17,11 @@ from ..precision import widest
 PIECE = {"cpu": 2**17}  # values at a time; elsewhere it only bounds the memory
 OTHERWISE = 2**22
 
-# Sums of squares of an activation, and of its difference from another, for as long as these live.
+# What is known of an activation, for as long as it lives: its sums of squares, those of its difference from another, its
+# root mean square, and all its sums by threshold and unit.
 _states: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _differences: WeakIdKeyDictionary = WeakIdKeyDictionary()
-# All sums of an activation, by the threshold.
+_rms: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _sums: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -49,64 +50,93 @@ def token_squares(values: torch.Tensor, minus: torch.Tensor | None = None) -> to
     """
     known = _known(values, minus)
     if known is None:
-        norms = [torch.linalg.vector_norm(piece, dim=-1) for piece in _pieces(values, minus)]
+        norms = [torch.linalg.vector_norm(piece, dim=-1) for piece, _ in _pieces(values, minus)]
         known = _remember(values, minus, norms)
     return known
 
 
+def squares_in_single(values: torch.Tensor) -> torch.Tensor:
+    """As `token_squares`, of sums in float32: for what is not subtracted from anything like it."""
+    norms = torch.linalg.vector_norm(values, dim=-1, dtype=_single(values))
+    return norms.to(widest(values.device)).square_()
+
+
+def token_rms(values: torch.Tensor) -> torch.Tensor:
+    """Root mean square over the channels, `[batch, tokens]`, above 0; the same tensor each time for the same values."""
+    if values not in _rms:
+        tiny = torch.finfo(torch.float32).tiny
+        _rms[values] = (token_squares(values) / values.shape[-1]).sqrt().clamp_min(tiny)
+    return _rms[values]
+
+
 def token_sums(
-    values: torch.Tensor,
-    minus: torch.Tensor | None = None,
-    *,
-    below: torch.Tensor | float,
-    clip: torch.Tensor | None = None,
+    values: torch.Tensor, minus: torch.Tensor | None = None, *, below: float, unit: torch.Tensor | None = None
 ) -> TokenSums:
     """All numbers of each token.
 
     Args:
         values: `[batch, tokens, width]`; must not be written to while it lives.
         minus: `[batch, tokens, width]` to subtract first.
-        below: Threshold of a small value, `[batch, tokens]`, or one number for all.
-        clip: Larger magnitudes than this count as this, `[batch, tokens]`.
+        below: Threshold of a small value.
+        unit: Of the threshold, `[batch, tokens]` from [`token_rms`]; of `minus`, if there is one.
     """
-    asked = _sums.setdefault(values, {}) if minus is None and clip is None else {}
-    if isinstance(below, float) and below in asked:
-        return asked[below]
-    rows, limit = values.shape[:2], torch.as_tensor(below, dtype=widest(values.device), device=values.device)
-    limits = _rounded_up(limit, _dtype(values, minus)).expand(rows).reshape(-1, 1)
-    sums, norms, small, largest = [], [], [], []
-    start = 0
-    for piece in _pieces(values, minus):
-        end = start + len(piece)
-        if clip is not None:
-            bounds = clip.reshape(-1, 1)[start:end].to(piece.dtype)
-            torch.clamp(piece, -bounds, bounds, out=piece)
+    known = _sums.setdefault(values, {})
+    # The entry keeps the unit, and with it the meaning of its id.
+    key = below, id(unit), minus is None
+    if key not in known:
+        known[key] = unit, _token_sums(values, minus, below, unit)
+    return known[key][1]
+
+
+def clipped_sums(
+    values: torch.Tensor, minus: torch.Tensor | None, *, clip: float, unit: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums and sums of squares of each token, `[batch, tokens]`, with no magnitude above `clip` units."""
+    sums, norms = [], []
+    bounds = (clip * unit).to(_dtype(values, minus)).reshape(-1, 1)
+    for (piece, _), bound in zip(_pieces(values, minus), bounds.split(_size(values)), strict=True):
+        torch.clamp(piece, -bound, bound, out=piece)
         sums.append(piece.sum(-1))
         norms.append(torch.linalg.vector_norm(piece, dim=-1))
-        magnitudes = piece.abs_()
+    sums, norms = (torch.cat(each).to(widest(values.device)).view(values.shape[:2]) for each in (sums, norms))
+    return sums, norms.square_()
+
+
+def _token_sums(values, minus, below: float, unit: torch.Tensor | None) -> TokenSums:
+    rows, wide, single = values.shape[:2], widest(values.device), _single(values)
+    limit = torch.full(rows, below, dtype=wide, device=values.device) if unit is None else below * unit
+    limits = _rounded_up(limit, single).reshape(-1, 1).split(_size(values))
+    sums, norms, small, largest = [], [], [], []
+    spare = torch.empty(_size(values), values.shape[-1], dtype=single, device=values.device)
+    for (piece, source), limit in zip(_pieces(values, minus), limits, strict=True):
+        sums.append(piece.sum(-1))
+        norms.append(torch.linalg.vector_norm(piece, dim=-1))
+        magnitudes = piece.abs_() if minus is not None else spare[: len(piece)].copy_(source).abs_()
         largest.append(magnitudes.amax(-1))
-        small.append(magnitudes.lt_(limits[start:end]).sum(-1))
-        start = end
-    wide = widest(values.device)
-    squares = _remember(values, minus, norms) if clip is None else torch.cat(norms).to(wide).square_().view(rows)
+        small.append(magnitudes.lt_(limit).sum(-1))
+    squares = _remember(values, minus, norms)
     sums, small, largest = (torch.cat(each).to(wide).view(rows) for each in (sums, small, largest))
-    found = TokenSums(sums, squares, small, largest)
-    if isinstance(below, float):
-        asked[below] = found
-    return found
+    return TokenSums(sums, squares, small, largest)
+
+
+def _single(values: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def _dtype(values: torch.Tensor, minus: torch.Tensor | None) -> torch.dtype:
-    return widest(values.device) if minus is None else torch.promote_types(values.dtype, torch.float32)
+    return widest(values.device) if minus is None else _single(values)
 
 
-def _pieces(values: torch.Tensor, minus: torch.Tensor | None) -> Iterator[torch.Tensor]:
-    """`[some tokens, width]` after subtracting, in a buffer that may be written to."""
-    width = values.shape[-1]
-    rows = values.flatten(0, 1)
-    size = min(len(rows), max(1, PIECE.get(values.device.type, OTHERWISE) // width))
-    dtype = _dtype(values, minus)
-    buffer = torch.empty(size, width, dtype=dtype, device=values.device)
+def _size(values: torch.Tensor) -> int:
+    """Tokens at a time."""
+    size = max(1, PIECE.get(values.device.type, OTHERWISE) // values.shape[-1])
+    return max(1, min(values.shape[:2].numel(), size))
+
+
+def _pieces(values: torch.Tensor, minus: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`[some tokens, width]` after subtracting, in a buffer that may be written to; and before, which may not."""
+    rows, size, dtype = values.flatten(0, 1), _size(values), _dtype(values, minus)
+    buffer = torch.empty(size, values.shape[-1], dtype=dtype, device=values.device)
     others = rows.split(size) if minus is None else minus.flatten(0, 1).split(size)
     for one, other in zip(rows.split(size), others, strict=True):
         piece = buffer[: len(one)]
@@ -116,7 +146,7 @@ def _pieces(values: torch.Tensor, minus: torch.Tensor | None) -> Iterator[torch.
             torch.sub(one, other, out=piece)
         else:  # half precision would be subtracted in half precision
             piece.copy_(one).sub_(other)
-        yield piece
+        yield piece, one
 
 
 def _rounded_up(limit: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

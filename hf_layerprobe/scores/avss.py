@@ -10,7 +10,7 @@ from torch import nn
 
 from ..activations import SITES, SUBLAYERS, Resumable, RunningStatistics, TokenMean
 from ..activations.largest import LargestShare
-from ..activations.moments import token_squares, token_sums
+from ..activations.moments import clipped_sums, token_rms, token_sums
 from ..errors import LayerProbeError
 from ..stacks import LayerStack
 from .registry import OURS, register
@@ -52,15 +52,18 @@ class PooledAVSS(Resumable):
     ) -> None:
         values, minus = sites.get(self.site, after), before if self.site == "update" else None
         width = values.shape[-1]
-        unit: torch.Tensor | float = 1.0
+        unit = token_rms(before) if self.relative else None
+        found = token_sums(values, minus, below=self.eps, unit=unit)
+        sums, squares, largest = found.sums, found.squares, found.largest
         if self.relative:
-            unit = (token_squares(before) / before.shape[-1]).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-        clip = None if self.clip is None else self.clip * unit
-        found = token_sums(values, minus, below=self.eps * unit, clip=clip)
-        means, squares = found.sums / unit / width, found.squares / unit / unit
+            sums, squares, largest = sums / unit, squares / unit / unit, largest / unit
         if self.clip is not None:
-            self.clipped.update(layer, token_squares(values, minus) / unit / unit - squares, mask)
-        self.largest.update(layer, found.largest / unit, squares, width, mask)
+            whole = squares
+            sums, squares = clipped_sums(values, minus, clip=self.clip, unit=unit)
+            sums, squares, largest = sums / unit, squares / unit / unit, largest.clamp_max(self.clip)
+            self.clipped.update(layer, whole - squares, mask)
+        self.largest.update(layer, largest, squares, width, mask)
+        means = sums / width
         weight = torch.full_like(means, width) if mask is None else mask * width
         self.statistics.update(layer, means, squares / width - means.square(), found.small, weight)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..activations import Resumable, TokenMean
-from ..activations.moments import token_squares
+from ..activations.moments import squares_in_single, token_squares
 from ..errors import LayerProbeError
 from ..precision import widest
 from .influence import turned
@@ -34,12 +34,14 @@ class SublayerInfluence(Resumable):
         self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None, **sites: torch.Tensor
     ) -> None:
         attention, mlp = sites.values()
+        # float32 does for what is added; of the stream a difference is taken.
+        added = {site: squares_in_single(values) for site, values in sites.items()}
         entering, leaving = token_squares(before), token_squares(after)
         # ‖y + f‖² from lengths that others may have asked for already: 2‖y‖² + 2‖f‖² − ‖f − y‖².
-        with_attention = 2 * (entering + token_squares(attention)) - token_squares(attention, before)
+        with_attention = 2 * (entering + added["attention"]) - token_squares(attention, before)
         without_mlp = token_squares(after, mlp)
         for site, one, other in (("attention", entering, with_attention), ("mlp", without_mlp, leaving)):
-            self.turns[site].update(layer, turned(one, other, token_squares(sites[site])), mask)
+            self.turns[site].update(layer, turned(one, other, added[site]), mask)
         # A few tokens show how the layer is built.
         rounding = torch.finfo(after.dtype).eps
         before, after, attention, mlp = (x[:, ::16].to(widest(x.device)) for x in (before, after, attention, mlp))
