@@ -10,4 +10,4 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 def progress(iterable=None, *, desc: str, total: int | None = None, unit: str = "it") -> tqdm:
     quiet = not is_progress_bar_enabled() or os.environ.get("RANK", "0") != "0"
-    return tqdm(iterable, desc=desc, total=total, unit=unit, disable=quiet)
+    return tqdm(iterable, desc=desc, total=total, unit=unit, unit_scale=unit == "FLOP", disable=quiet)

@@ -12,7 +12,7 @@ import transformers as tf
 from tiny import tiny_model
 
 from hf_layerprobe import LayerProbeError, SimilarityMatrix, docs, docs_similarity
-from hf_layerprobe.scores import layer_map
+from hf_layerprobe.scores import layer_map, units
 from hf_layerprobe.scores.indices import INDICES
 from hf_layerprobe.weights import layer_matrices
 
@@ -179,6 +179,45 @@ def test_the_work_is_shared_by_cost(monkeypatch):
     assert max(costs) <= 1.02 * min(costs)
 
 
+@pytest.mark.parametrize("sample", [None, 8])
+def test_the_cost_is_said_before_starting(monkeypatch, sample):
+    """Pairs, operations and time in the log; operations and time on the progress bar, which ends where it should."""
+    said, bars = [], []
+    bar = layer_map.progress
+    monkeypatch.setattr(layer_map.logger, "info", said.append)
+    monkeypatch.setattr(layer_map, "progress", lambda **options: bars.append(options) or bar(**options))
+    docs(tiny_model("llama"), kinds=["q", "k"], sample=sample)
+    vectors, few = {"q": 32, "k": 16}, sample or 0
+    products = {"q": 2 * few * 32, "k": 2 * few * 16} if sample else {kind: m * m for kind, m in vectors.items()}
+    operations = 2 * 6 * 32 * sum(products.values())
+    assert said[-1].startswith(f"docs: 12 pairs of matrices, {operations * 1e-12:.3g} TFLOP of products, about ")
+    assert " s at " in said[-1] and said[-1].endswith(" TFLOP/s on this process's threads")
+    assert bars[0]["total"] == operations and bars[0]["desc"].startswith("DOCS (about 00:0")
+    docs(tiny_model("llama"), kinds=["q"], index="cka")
+    assert said[-1] == "cka: 6 pairs of matrices"  # no products of vectors, so nothing is said of time
+
+
+def test_the_bar_counts_operations(monkeypatch):
+    done = []
+
+    class Bar:
+        def __init__(self, **options):
+            self.total = options["total"]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            assert sum(done) == self.total > 0
+
+        def update(self, operations):
+            done.append(operations)
+
+    monkeypatch.setattr(layer_map, "progress", Bar)
+    docs(tiny_model("llama"))
+    assert len(done) == 3 * 7
+
+
 def test_saved_and_loaded(tmp_path):
     found = docs(tiny_model("llama"), kinds=["q", "up"], sample=16)
     loaded = SimilarityMatrix.load(found.save(tmp_path / "maps.safetensors"))
@@ -231,11 +270,11 @@ def test_unknown_index():
 def test_a_model_without_cross_layer_memory(smollm2):
     """The cache is bounded: reading again what does not fit gives the same numbers."""
     expected = docs(smollm2, kinds=["k"], layers=range(6))
-    cache, layer_map.CACHE = layer_map.CACHE, 1
+    cache, units.CACHE = units.CACHE, 1
     try:
         assert np.array_equal(docs(smollm2, kinds=["k"], layers=range(6))["k"], expected["k"])
     finally:
-        layer_map.CACHE = cache
+        units.CACHE = cache
 
 
 def test_architectures_with_unlike_layers():

@@ -12,7 +12,8 @@ from torch import distributed
 
 from ..weights import LiveWeights, one_matrix
 from .docs import chance_level, docs_index
-from .matching import best_matches, unit_vectors
+from .matching import best_matches
+from .vectors import Vectors
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -88,11 +89,11 @@ def docs_of_pairs(
             parts = [weights.parts(layer, kind) for layer in (i, j)]
             if not all(parts):
                 continue
-            x, y = (unit_vectors(one_matrix(part, kind), "out") for part in parts)
-            if not len(x) or not len(y) or x.shape[1] != y.shape[1]:
+            x, y = (Vectors.of(one_matrix(part, kind), "out") for part in parts)
+            if not len(x) or not len(y) or x.length != y.length:
                 continue
             places.append((kind, i, j))
-            chances.append(chance_level(len(x), len(y), x.shape[1]))
+            chances.append(chance_level(len(x), len(y), x.length))
             matches.append(_matches(x, y, sample, seed))
         result.compared += 1
         if time_slice.over():
@@ -115,8 +116,8 @@ def sampled_rows(number: int, sample: int | None, seed: int = 0) -> torch.Tensor
     return torch.randperm(number, generator=torch.Generator().manual_seed(seed))[:sample].sort().values
 
 
-def _matches(x: torch.Tensor, y: torch.Tensor, sample: int | None, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _matches(x: Vectors, y: Vectors, sample: int | None, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     if sample is None or sample >= max(len(x), len(y)):
-        return best_matches(x, y)
-    some, few = x[sampled_rows(len(x), sample, seed)], y[sampled_rows(len(y), sample, seed)]
-    return best_matches(some, y)[0], best_matches(few, x)[0]
+        return best_matches(x, [y])[0]
+    some, few = (vectors.take(sampled_rows(len(vectors), sample, seed)) for vectors in (x, y))
+    return best_matches(some, [y])[0][0], best_matches(few, [x])[0][0]

@@ -10,7 +10,8 @@ import torch
 
 from ..errors import LayerProbeError
 from .gumbel import gumbel_fit
-from .matching import best_matches, unit_vectors
+from .matching import best_matches
+from .vectors import Vectors
 
 SOURCE = "DOCS, arXiv 2501.16650"
 # Two vectors this close are the same direction: a cosine in float32 is off by about 1e-7.
@@ -45,16 +46,16 @@ def docs_similarity(X: torch.Tensor, Y: torch.Tensor, *, axis: str = "out") -> f
             raise LayerProbeError(f"docs_similarity expects two [out, in] matrices; {name} is {found}.")
         if not torch.isfinite(matrix).all():
             raise LayerProbeError(f"docs_similarity: {name} holds NaN or infinite values.")
-    X, Y = unit_vectors(X, axis), unit_vectors(Y, axis)
-    if X.shape[1] != Y.shape[1]:
+    X, Y = Vectors.of(X, axis), Vectors.of(Y, axis)
+    if X.length != Y.length:
         raise LayerProbeError(
-            f"docs_similarity with axis={axis!r} compares vectors of one length; X has vectors of {X.shape[1]}, "
-            f"Y of {Y.shape[1]} entries."
+            f"docs_similarity with axis={axis!r} compares vectors of one length; X has vectors of {X.length}, "
+            f"Y of {Y.length} entries."
         )
     for name, vectors in (("X", X), ("Y", Y)):
         if not len(vectors):
             raise LayerProbeError(f"docs_similarity: {name} has no vector that is not zero.")
-    return docs_index([best_matches(X, Y)])[0][0]
+    return docs_index(best_matches(X, [Y]))[0][0]
 
 
 def chance_level(x_vectors: int, y_vectors: int, length: int) -> float:

@@ -16,7 +16,8 @@ from ..files import write_atomically
 from ..weights import LiveWeights, one_matrix
 from .bounded import TimeSlice, sampled_rows, spread
 from .docs import docs_index
-from .matching import best_matches, unit_vectors
+from .matching import best_matches
+from .vectors import Vectors
 
 FORMAT = 1
 MEASURES = ("docs", "norm")
@@ -109,9 +110,9 @@ def drift(
                 continue
             change = torch.linalg.vector_norm(kept - before.float()) / torch.linalg.vector_norm(before.float())
             result["norm"][kind][layer] = float(change)
-            now_units = unit_vectors(now, "out")
-            if len(now_units):
-                there, back = best_matches(unit_vectors(before, "out"), now_units)
+            vectors = Vectors.of(now, "out")
+            if len(vectors):
+                there, back = best_matches(Vectors.of(before, "out"), [vectors])[0]
                 places.append((kind, layer))
                 matches.append((there, back if isinstance(rows, slice) else there))
         measured += 1

@@ -7,6 +7,8 @@ import math
 import torch
 
 MAX_STEPS = 100
+# A step this small, relative to the scale, was the last: each squares the error of the one before.
+NEAR = 1e-9
 
 
 def gumbel_fit(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,27 +25,28 @@ def gumbel_fit(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         `[...]` and `[...]`, float64.
     """
     s = samples.to("cpu" if samples.device.type == "mps" else samples.device).double()
-    mean, low = s.mean(-1), s.amin(-1)
-    spread = s.amax(-1) - low
-    flat = spread <= 1e-12 * s.abs().amax(-1).clamp_min(1)
+    low, high = s.aminmax(dim=-1)
+    flat = high - low <= 1e-12 * torch.maximum(high, -low).clamp_min(1)
     s = s - low[..., None]  # the likelihood does not care, and the exponentials stay within [0, 1]
     shifted_mean = s.mean(-1)
     # g(0+) < 0 and g(mean) >= 0 in shifted units, since the weighted mean is never negative.
     lower, upper = torch.zeros_like(shifted_mean), shifted_mean.clamp_min(1e-300)
-    beta = (s.std(-1, correction=0) * math.sqrt(6) / math.pi).clamp_min(1e-300).minimum(upper)
+    deviation = (s.square().mean(-1) - shifted_mean.square()).clamp_min(0).sqrt()
+    beta = (deviation * math.sqrt(6) / math.pi).clamp_min(1e-300).minimum(upper)
     settled = flat.clone()  # a fit that has arrived does not move on, so that it does not depend on its batch
     for _ in range(MAX_STEPS):
-        weights = torch.softmax(-s / beta[..., None], -1)
-        weighted_mean = (weights * s).sum(-1)
-        variance = (weights * (s - weighted_mean[..., None]).square()).sum(-1)
+        weights = torch.exp(s * -beta[..., None].reciprocal())  # 1 for the smallest value, so that their sum is not 0
+        total = weights.sum(-1)
+        weighted_mean = weights.mul_(s).sum(-1) / total
+        variance = (weights.mul_(s).sum(-1) / total - weighted_mean.square()).clamp_min(0)
         g = beta - shifted_mean + weighted_mean
         lower, upper = torch.where(g < 0, beta, lower), torch.where(g < 0, upper, beta)
         step = beta - g / (1 + variance / beta.square())
         step = torch.where((step > lower) & (step < upper), step, (lower + upper) / 2)
-        arrived = (step - beta).abs() <= 1e-13 * beta
+        arrived = (step - beta).abs() <= NEAR * beta
         beta = torch.where(settled, beta, step)
         settled = settled | arrived
         if bool(settled.all()):
             break
-    location = low - beta * (torch.logsumexp(-s / beta[..., None], -1) - math.log(s.shape[-1]))
-    return torch.where(flat, mean, location), torch.where(flat, 0, beta)
+    location = low - beta * torch.exp(s * -beta[..., None].reciprocal()).mean(-1).log()
+    return torch.where(flat, low + shifted_mean, location), torch.where(flat, 0, beta)

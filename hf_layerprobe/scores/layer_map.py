@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,32 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed, nn
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..errors import LayerProbeError
 from ..progress import progress
-from ..stacks import LayerStack, resolve_stack
-from ..weights import KINDS, Checkpoint, LiveWeights, one_matrix, open_checkpoint
+from ..stacks import LayerStack
+from ..weights import KINDS
 from .block_store import BlockStore
 from .docs import SOURCE, chance_level, check_axis, docs_index
 from .indices import INDICES, Features
-from .matching import best_matches, unit_vectors
+from .matching import best_matches, products_per_second
 from .similarity import SimilarityMatrix
+from .units import Side
+from .vectors import Vectors
 
 logger = logging.get_logger(__name__)
-# Unit vectors kept for the next blocks, in bytes of float32: reading a matrix again costs little beside its products.
-CACHE = 400_000_000
-
-
-@dataclass(frozen=True, order=True)
-class Unit:
-    """A row or column of a map: a layer, or one expert of it."""
-
-    layer: int
-    expert: int | None = None
-
-    def __str__(self) -> str:
-        return str(self.layer) if self.expert is None else f"{self.layer}.{self.expert}"
+# Numbers in the matrices that are compared in one call.
+TOGETHER = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -107,85 +99,51 @@ def docs(
         raise LayerProbeError(
             f"sample is a number of vectors, at least 2, for index='docs'; got {sample} for {index!r}."
         )
-    here = _Side(model, stack, kinds, layers, experts, axis)
-    there = here if other is None else _Side(other, here.stack.path, kinds, layers, experts, axis)
+    here = Side(model, stack, kinds, layers, experts, axis)
+    there = here if other is None else Side(other, here.stack.path, kinds, layers, experts, axis)
     symmetric = other is None and (index == "docs" or INDICES[index].symmetric)
     itself = 1.0 if index == "docs" else INDICES[index].self_value
     known = other is None and itself is not None  # a matrix with itself need not be computed
     options = {"axis": axis, "index": index, "sample": sample, "seed": seed, "symmetric": symmetric}
     notes: list[str] = []
-    blocks = _blocks(here, there, symmetric, known, notes)
+    blocks = _blocks(here, there, symmetric, known, sample, notes)
     store = BlockStore(resume, _run_id(here, there, options)) if resume is not None else None
     rows = store.load() if store is not None else {}
     # All blocks are shared out, not only those left: a process that starts late finds rows that others have saved by
     # then, and all must still agree on who does what.
     todo = [block for block in _mine(blocks) if block.key not in rows]
-    logger.info(f"{index}: {sum(len(b.columns) for b in todo)} pairs, {2e-12 * sum(b.cost for b in todo):.2f} TFLOP")
+    title = _announce(todo, index, here)
     second = lru_cache(maxsize=there.cached())(lambda kind, unit: there.load(kind, unit, index))
     first = second if there is here else lru_cache(maxsize=1)(lambda kind, unit: here.load(kind, unit, index))
     found = {}
-    for block in progress(todo, desc=index.upper(), unit="row"):
-        partners = (second(block.kind, there.units[block.kind][column]) for column in block.columns)
-        found[block.key] = _compare(first(block.kind, here.units[block.kind][block.row]), partners, index, sample, seed)
-        if store is not None:
-            store.save(block.key, found[block.key])
+    with progress(desc=title, total=2 * sum(block.cost for block in todo), unit="FLOP") as bar:
+        for block in todo:
+            partners = (second(block.kind, there.units[block.kind][column]) for column in block.columns)
+            unit = here.units[block.kind][block.row]
+            found[block.key] = _compare(first(block.kind, unit), partners, index, sample, seed)
+            if store is not None:
+                store.save(block.key, found[block.key])
+            bar.update(2 * block.cost)
     rows |= _gathered(found)
     return _assemble(here, there, blocks, rows, options, itself if known else None, notes)
 
 
-class _Side:
-    """The units of one model or checkpoint, and their vectors."""
-
-    def __init__(self, model, stack, kinds, layers, experts: bool, axis: str):
-        self.weights = _open(model, stack, kinds)
-        self.stack, self.axis, self.experts = self.weights.stack, axis, experts
-        chosen = range(self.stack.num_layers) if layers is None else sorted(set(layers))
-        wrong = [i for i in chosen if not 0 <= i < self.stack.num_layers]
-        if wrong or not chosen:
-            raise LayerProbeError(
-                f"layers: {wrong} do not exist; the stack has layers 0 to {self.stack.num_layers - 1}."
-            )
-        # kind → units, and unit → (vectors, length of a vector) for those that have the kind
-        self.units: dict[str, list[Unit]] = {}
-        self.shapes: dict[tuple[str, Unit], tuple[int, int]] = {}
-        for kind in self.weights.kinds:
-            for layer in chosen:
-                found = self._shapes(layer, kind)
-                self.units.setdefault(kind, []).extend([unit for unit, _ in found] or [Unit(layer)])
-                for unit, (out, into) in found:
-                    self.shapes[kind, unit] = (out, into) if axis == "out" else (into, out)
-
-    def _shapes(self, layer: int, kind: str):
-        parts = self.weights.shapes(layer, kind)
-        if self.experts and len(parts) > 1:
-            return [(Unit(layer, expert), shape) for expert, shape in enumerate(parts)]
-        joined = 1 if kind == "down" else 0
-        if not parts:
-            return []
-        size = sum(shape[joined] for shape in parts)
-        return [(Unit(layer), (parts[0][0], size) if joined else (size, parts[0][1]))]
-
-    def load(self, kind: str, unit: Unit, index: str) -> torch.Tensor | Features:
-        """Vectors as rows `[m, n]`: unit vectors for DOCS, with their decompositions cached for its rivals."""
-        parts = self.weights.parts(unit.layer, kind)
-        matrix = one_matrix(parts, kind) if unit.expert is None else parts[unit.expert]
-        if index == "docs":
-            return unit_vectors(matrix, self.axis)
-        return Features(matrix if self.axis == "out" else matrix.T)
-
-    def cached(self) -> int:
-        """How many matrices of the largest size to keep, the one in use not counted."""
-        largest = max((4 * m * n for m, n in self.shapes.values()), default=1)
-        return max(0, CACHE // largest - 1)
+def _announce(todo: list[Block], index: str, here: Side) -> str:
+    """Logs what is ahead; the title of the progress bar, with the time that it will take where that can be said."""
+    pairs, operations = sum(len(block.columns) for block in todo), 2 * sum(block.cost for block in todo)
+    text = f"{index}: {pairs} pairs of matrices"
+    title = index.upper()
+    if index == "docs":  # its rivals do other things than products
+        text += f", {operations * 1e-12:.3g} TFLOP of products"
+        if operations and here.device.type == "cpu":
+            rate = products_per_second(torch.get_num_threads())
+            title += f" (about {tqdm.format_interval(operations / rate)})"
+            text += f", about {operations / rate:.3g} s at {rate * 1e-12:.2g} TFLOP/s on this process's threads"
+    logger.info(text)
+    return title
 
 
-def _open(model, stack, kinds) -> LiveWeights | Checkpoint:
-    if isinstance(model, (str, Path)):
-        return open_checkpoint(model, stack=stack, kinds=kinds)
-    return LiveWeights(resolve_stack(model, stack), kinds)
-
-
-def _blocks(here: _Side, there: _Side, symmetric: bool, known: bool, notes: list[str]) -> list[Block]:
+def _blocks(here: Side, there: Side, symmetric: bool, known: bool, sample: int | None, notes: list[str]) -> list[Block]:
     """The rows to compute; what cannot be compared is left out and noted."""
     blocks = []
     for kind in here.units:
@@ -202,7 +160,11 @@ def _blocks(here: _Side, there: _Side, symmetric: bool, known: bool, notes: list
                 and not (symmetric and column < row)
                 and not (known and column == row)
             )
-            cost = sum(m * length * there.shapes[kind, there.units[kind][j]][0] for j in columns)
+            sizes = [there.shapes[kind, there.units[kind][j]][0] for j in columns]
+            if sample is None:
+                cost = sum(m * p * length for p in sizes)
+            else:
+                cost = sum((min(sample, m) * p + min(sample, p) * m) * length for p in sizes)
             if columns:
                 blocks.append(Block(kind, row, columns, cost))
         if len(lengths) > 1:
@@ -215,24 +177,30 @@ def _blocks(here: _Side, there: _Side, symmetric: bool, known: bool, notes: list
 
 
 def _compare(
-    row: torch.Tensor, partners: Iterable[torch.Tensor], index: str, sample: int | None, seed: int
+    row: Vectors | Features, partners: Iterable[Vectors | Features], index: str, sample: int | None, seed: int
 ) -> list[list[float]]:
     """[value, standard error] against each partner; a pair without vectors is NaN."""
     if index != "docs":
         return [[float(INDICES[index].function(row, other)), 0.0] for other in partners]
     matches: list[tuple[torch.Tensor, torch.Tensor] | None] = []
     shares = []
-    for other in partners:
-        if not len(row) or not len(other):
-            matches.append(None)
-        elif sample is None:
-            matches.append(best_matches(row, other))
+    for group in _groups(partners):
+        usable = [other for other in group if len(row) and len(other)]
+        if sample is None:
+            found = best_matches(row, usable) if usable else []
         else:
-            some, few = _some(row, sample, seed), _some(other, sample, seed)
-            matches.append((best_matches(some, other)[0], best_matches(few, row)[0]))
+            some = _some(row, sample, seed)
+            few = [_some(other, sample, seed) for other in usable]
+            found = [
+                (best_matches(some, [other])[0][0], best_matches(part, [row])[0][0])
+                for other, part in zip(usable, few, strict=True)
+            ]
             # Sampling without replacement: no error is left when all vectors are in the sample.
-            shares.append(1 - min(len(some) / len(row), len(few) / len(other)))
-        del other  # before the next one is read
+            sizes = zip(usable, few, strict=True)
+            shares += [1 - min(len(some) / len(row), len(part) / len(other)) for other, part in sizes]
+        ready = iter(found)
+        matches += [next(ready) if len(row) and len(other) else None for other in group]
+        del group, usable  # before the next matrix is read
     values = iter(docs_index([pair for pair in matches if pair is not None]))
     results = [[float("nan"), float("nan")] if pair is None else list(next(values)) for pair in matches]
     if sample is not None:
@@ -241,11 +209,25 @@ def _compare(
     return results
 
 
-def _some(vectors: torch.Tensor, number: int, seed: int) -> torch.Tensor:
+def _groups(partners: Iterable[Vectors]) -> Iterator[list[Vectors]]:
+    """Matrices that are compared in one call: many small ones, or a single large one."""
+    group: list[Vectors] = []
+    size = 0
+    for other in partners:
+        group.append(other)
+        size += len(other) * other.length
+        del other
+        if size >= TOGETHER:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _some(vectors: Vectors, number: int, seed: int) -> Vectors:
     if number >= len(vectors):
         return vectors
-    generator = torch.Generator().manual_seed(seed)
-    return vectors[torch.randperm(len(vectors), generator=generator)[:number].to(vectors.device)]
+    return vectors.take(torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))[:number])
 
 
 def _rank() -> tuple[int, int]:
@@ -276,7 +258,7 @@ def _gathered(found: dict[str, list]) -> dict[str, list]:
     return {key: row for part in everyone for key, row in part.items()}
 
 
-def _run_id(here: _Side, there: _Side, options: dict[str, Any]) -> str:
+def _run_id(here: Side, there: Side, options: dict[str, Any]) -> str:
     content = [options, here.weights.fingerprint(), there.weights.fingerprint()]
     content.append({kind: [str(unit) for unit in units] for kind, units in here.units.items()})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -6,164 +6,182 @@ No n × n matrix exists: the product is taken tile by tile, and only its row and
 from __future__ import annotations
 
 import time
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 
 import torch
 
-from ..precision import widest
+from . import native
+from .vectors import Vectors
 
-# Vectors in a tile of cosines (16 MB in float32). A power of two: the partner's place in the tile is written into the
-# lowest bits of its cosine.
-TILE = 2048
+# Vectors in a tile of cosines (16 MB in float32; 256 MB on a GPU, which wants large products). The partner's place in the
+# tile is written into the lowest bits of its cosine, as many as a place can need.
+TILE, GPU_TILE = 1 << 11, 1 << 13
 COPIED = 1 << 23
-# Vectors made to unit length at a time.
-PART = 256
-# With fewer vectors, one partner that the search mistakes for a nearly equal one would show, and speed does not.
+# Vectors whose cosines with their partners are computed at a time.
+PART = 512
+# With fewer vectors, one partner that the search mistakes for a nearly equal one would show, and speed does not. Short
+# vectors have many nearly equal partners.
 SMALL = 128
 # The bits of a non-negative float32, read as an integer, are ordered like the float itself.
 SIGN = 0x7FFFFFFF
 
 
-def unit_vectors(matrix: torch.Tensor, axis: str) -> torch.Tensor:
-    """The vectors of a matrix as unit rows `[m, n]`, float32; vectors of zeros, which have no direction, left out.
+def best_matches(X: Vectors, Ys: Sequence[Vectors]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each Y: the largest absolute cosine of each vector of X in Y, and of each of Y in X: `[m]`, `[p]`, float32.
+
+    Where the device gains from it, partners are searched with products in bfloat16, which are off by about 1e-4, and the
+    cosines with the partners found are computed in float32. A partner that the search prefers by mistake is one whose
+    cosine is nearly the largest.
 
     Args:
-        matrix: `[out, in]`.
-        axis: `"out"` for its rows, `"in"` for its columns.
+        X: m vectors.
+        Ys: Any number of sets of p vectors of the same length, on the same device.
     """
-    rows = matrix.detach() if axis == "out" else matrix.detach().T
-    units = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    dead = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
-    for start in range(0, len(rows), PART):  # in parts: the wide copies below are larger than the result
-        part = rows[start : start + PART]
-        # float64 norms: a float32 sum of squares overflows above 1e19 and loses small vectors.
-        norms = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=widest(rows.device))
-        dead[start : start + PART] = norms[:, 0] == 0
-        torch.div(part, norms, out=units[start : start + PART])
-    return units[~dead] if dead.any() else units
+    few = [min(len(X), X.length, len(Y)) < SMALL for Y in Ys]
+    if any(few):
+        return [_largest(X, Y) if small else best_matches(X, [Y])[0] for Y, small in zip(Ys, few, strict=True)]
+    if X.packed is not None and all(Y.packed is not None for Y in Ys):
+        return native.matches(X.packed, [Y.packed for Y in Ys])
+    device = X.rows.device.type
+    if device == "cuda" and "dtype_out" in torch.ops.aten.mm.overloads():
+        search = partial(_search, product=_half_product, maxima=_compiled_maxima(), tile=GPU_TILE)
+    elif device == "cpu" and _bfloat16_is_faster():
+        search = partial(_search, product=_parts_product, maxima=packed_maxima, tile=TILE)
+    else:
+        return [_largest(X, Y) for Y in Ys]
+    found = []
+    for Y in Ys:
+        partner_x, partner_y = search(X, Y)
+        found.append((_cosines(X, Y, partner_x), _cosines(Y, X, partner_y)))
+    return found
 
 
-def best_matches(X: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest absolute cosine of each vector of X `[m, n]` in Y `[p, n]`, and of each of Y in X: `[m]`, `[p]`.
-
-    Where the device gains from it, partners are searched with products of bfloat16 parts, which are off by about 1e-4,
-    and the cosines with the partners found are computed in float32. A partner that the search prefers by mistake is one
-    whose cosine is nearly the largest.
-    """
-    if min(len(X), len(Y)) >= SMALL and _bfloat16_is_faster(X.device.type):
-        with _bfloat16_products(True):
-            partner_x, partner_y = _search(X, Y)
-        return _cosines(X, Y, partner_x), _cosines(Y, X, partner_y)
-    best_x, best_y = X.new_zeros(len(X)), X.new_zeros(len(Y))
-    for rows, columns, cosines in _tiles(X, Y):
-        torch.maximum(best_x[rows], cosines.amax(1).view(torch.float32), out=best_x[rows])
-        torch.maximum(best_y[columns], cosines.amax(0).view(torch.float32), out=best_y[columns])
+def _largest(X: Vectors, Y: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
+    best_x, best_y = (V.scale.new_zeros(len(V)) for V in (X, Y))
+    for rows, columns, cosines in _tiles(X, Y, _product, TILE):
+        bits = cosines.view(torch.int32).bitwise_and_(SIGN)
+        torch.maximum(best_x[rows], bits.amax(1).view(torch.float32), out=best_x[rows])
+        torch.maximum(best_y[columns], bits.amax(0).view(torch.float32), out=best_y[columns])
     return best_x, best_y
 
 
-def _search(X: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _search(
+    X: Vectors, Y: Vectors, *, product: Callable, maxima: Callable, tile: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The partner of each vector of X in Y, and of each of Y in X: `[m]`, `[p]` indices."""
-    place = torch.arange(TILE, dtype=torch.int32, device=X.device)
     best_x: dict[int, list[torch.Tensor]] = defaultdict(list)  # first row of a tile → its maxima, tile by tile
     best_y: dict[int, list[torch.Tensor]] = defaultdict(list)
-    packed = torch.empty(min(TILE, len(X)) * min(TILE, len(Y)), dtype=torch.int32, device=X.device)
-    for rows, columns, cosines in _tiles(X, Y, keep=SIGN & ~(TILE - 1)):
-        height, width = cosines.shape
-        # Value and place in one integer: one maximum finds both, at the speed of the value alone.
-        by_row = torch.bitwise_or(cosines, place[:width], out=packed[: height * width].view(height, width))
-        best_x[rows.start].append(by_row.amax(1))
-        best_y[columns.start].append(cosines.bitwise_or_(place[:height, None]).amax(0))
-    step = _step(X.shape[1])
-    return _unpacked(best_x, step), _unpacked(best_y, step)
+    place = torch.arange(tile, dtype=torch.int32, device=X.rows.device)
+    for rows, columns, cosines in _tiles(X, Y, product, tile):
+        by_row, by_column = maxima(cosines, place)
+        best_x[rows.start].append(by_row)
+        best_y[columns.start].append(by_column)
+    step = _step(X.length, tile)
+    return _unpacked(best_x, step, tile), _unpacked(best_y, step, tile)
 
 
-def _unpacked(best: dict[int, list[torch.Tensor]], step: int) -> torch.Tensor:
+def packed_maxima(cosines: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest absolute value of each row and of each column, and its place, in one integer: `[m]`, `[p]` int32.
+
+    One maximum then finds both, at the speed of the value alone.
+
+    Args:
+        cosines: `[m, p]` float32.
+        place: 0, 1, … for a power of two that is at least m and p.
+    """
+    height, width = cosines.shape
+    bits = cosines.view(torch.int32).bitwise_and(SIGN & ~(len(place) - 1))
+    return bits.bitwise_or(place[:width]).amax(1), bits.bitwise_or(place[:height, None]).amax(0)
+
+
+@cache
+def _compiled_maxima() -> Callable:
+    """On CUDA: without copies of the tile between the steps."""
+    return torch.compile(packed_maxima, dynamic=False)
+
+
+def _unpacked(best: dict[int, list[torch.Tensor]], step: int, tile: int) -> torch.Tensor:
     """Partners of all vectors from the packed maxima of each tile."""
     partners = []
     for maxima in best.values():
-        largest, tile = torch.stack(maxima).max(0)
-        partners.append(tile * step + (largest & (TILE - 1)))
+        largest, where = torch.stack(maxima).max(0)
+        partners.append(where * step + (largest & (tile - 1)))
     return torch.cat(partners)
 
 
-def _cosines(X: torch.Tensor, Y: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+def _cosines(X: Vectors, Y: Vectors, partners: torch.Tensor) -> torch.Tensor:
     """Absolute cosine of each vector of X with its partner in Y, float32."""
-    if X.device.type != "cpu":
-        return torch.linalg.vecdot(X, Y[partners]).abs_()
-    # The product of X and Yᵀ at these places only: no copy of the partners is made.
-    _hush_sparse()
-    places = torch.sparse_csr_tensor(
-        torch.arange(len(X) + 1), partners, X.new_zeros(len(X)), (len(X), len(Y)), check_invariants=False
-    )
-    return torch.sparse.sampled_addmm(places, X, Y.T, beta=0).values().abs_()
+    starts = range(0, len(X), PART)
+    parts = [slice(start, start + PART) for start in starts]
+    return torch.cat([torch.linalg.vecdot(X.units(part), Y.units(partners[part])).abs_() for part in parts])
 
 
-@cache
-def _hush_sparse() -> None:
-    """Torch says once a process that sparse tensors are in beta, to whoever makes the first."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.eye(1).to_sparse_csr()
-
-
-def _tiles(X: torch.Tensor, Y: torch.Tensor, keep: int = SIGN) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """(rows, columns, absolute cosines as integers: those of their bits that are in `keep`).
-
-    The next tile overwrites the last.
-    """
-    step = _step(X.shape[1])
-    buffer = X.new_empty(min(step, len(X)) * min(step, len(Y)))
+def _tiles(X: Vectors, Y: Vectors, product: Callable, tile: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """(rows, columns, cosines). The next tile overwrites the last."""
+    step = _step(X.length, tile)
+    buffer = X.scale.new_empty(min(step, len(X)) * min(step, len(Y)))
     for start in range(0, len(X), step):
-        rows = X[start : start + step]
+        rows = X.units(slice(start, start + step))
         for other in range(0, len(Y), step):
-            columns = Y[other : other + step]
+            columns = Y.units(slice(other, other + step))
             cosines = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
-            torch.mm(rows, columns.T, out=cosines)
-            bits = cosines.view(torch.int32).bitwise_and_(keep)
-            yield slice(start, start + len(rows)), slice(other, other + len(columns)), bits
+            product(rows, columns, cosines)
+            yield slice(start, start + len(rows)), slice(other, other + len(columns)), cosines
 
 
-def _step(length: int) -> int:
-    """Vectors in a tile: fewer of long ones, since a product keeps bfloat16 copies of the tile's vectors."""
-    return min(TILE, 1 << max(8, (COPIED // length).bit_length() - 1))
+def _product(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
+    torch.mm(rows, columns.T, out=out)
 
 
-@contextmanager
-def _bfloat16_products(wanted: bool) -> Iterator[None]:
-    """Within the context, float32 products on this CPU or GPU multiply bfloat16 parts and add in float32."""
-    if not wanted:
-        yield
-        return
-    backends = [torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]
-    before = [backend.fp32_precision for backend in backends]
+def _parts_product(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
+    """On a CPU: multiplies bfloat16 parts of float32 numbers and adds in float32."""
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
     try:
-        # CUDA has no such mode with bfloat16; its tf32 is three bits more precise.
-        backends[0].fp32_precision, backends[1].fp32_precision = "bf16", "tf32"
-        yield
+        backend.fp32_precision = "bf16"
+        _product(rows, columns, out)
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        backend.fp32_precision = before
+
+
+def _half_product(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
+    """On a GPU: the same, of copies in bfloat16."""
+    torch.mm(rows.bfloat16(), columns.bfloat16().T, out_dtype=torch.float32, out=out)
+
+
+def _step(length: int, tile: int) -> int:
+    """Vectors in a tile: fewer of long ones on a CPU, since a product keeps bfloat16 copies of the tile's vectors."""
+    return min(tile, 1 << max(8, (COPIED * tile // TILE // length).bit_length() - 1))
 
 
 @cache
-def _bfloat16_is_faster(device: str) -> bool:
-    """Whether this kind of device gains from it: a quick probe, once a process."""
-    if not hasattr(torch.backends.mkldnn, "matmul") or device == "mps":
+def _bfloat16_is_faster() -> bool:
+    """Whether this CPU gains from bfloat16 parts: a quick probe, once a process."""
+    if not hasattr(torch.backends.mkldnn, "matmul"):
         return False
-    # Numbers of its own: who trains meanwhile must draw the same ones as without us.
-    sample = torch.randn(768, 768, generator=torch.Generator().manual_seed(0)).to(device)
-    seconds = []
-    for wanted in (False, True):
-        with _bfloat16_products(wanted):
-            seconds.append(min(_timed(sample) for _ in range(4)))
-    return seconds[1] < 0.8 * seconds[0]
+    sample, out = _sample(768, 768), torch.empty(768, 768)
+    exact, parts = (min(_seconds(product, sample, out) for _ in range(4)) for product in (_product, _parts_product))
+    return parts < 0.8 * exact
 
 
-def _timed(sample: torch.Tensor) -> float:
+def _seconds(product: Callable, sample: torch.Tensor, out: torch.Tensor) -> float:
     start = time.perf_counter()
-    (sample @ sample.T)[0, 0].item()  # waits for the device
+    product(sample, sample, out)
     return time.perf_counter() - start
+
+
+def _sample(*shape: int) -> torch.Tensor:
+    """Numbers of a generator of its own: who trains meanwhile must draw the same ones as without us."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def products_per_second(threads: int) -> float:
+    """How many floating-point operations in products of matrices this CPU does in a second when partners are searched."""
+    X = Vectors.of(_sample(1024, 512), "out")
+    best_matches(X, [X])  # packs, and makes ready what is made once
+    start = time.perf_counter()
+    best_matches(X, [X])
+    return 2 * 1024 * 1024 * 512 / (time.perf_counter() - start)

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/docs_speed.py [--layers 10] [--threads 2] [--repeats 3]
 
-Every pair of the first layers of the embedded SmolLM2, all seven kinds of matrices. The plain script normalises, takes the
-float32 product, the absolute values and both maxima, and fits each sample with `scipy.stats.gumbel_r.fit`.
+Every pair of the first layers of the embedded SmolLM2, all seven kinds of matrices, in float32. The plain script normalises,
+takes the float32 product, the absolute values and both maxima, and fits each sample with `scipy.stats.gumbel_r.fit`. On a
+machine that is not idle, compare the processor's seconds of runs with one thread.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers.utils import logging
 
 from hf_layerprobe import docs, find_stacks
 from hf_layerprobe.embedded import embedded_model
+from hf_layerprobe.scores import native
 from hf_layerprobe.weights import read_matrices
 
 
@@ -57,7 +59,7 @@ def main() -> None:
     layers = range(arguments.layers)
     matrices = {(kind, i): m for i, kind, m in read_matrices(find_stacks(model)[0]) if i in layers}
     everything = pairs(matrices)
-    docs(model, layers=range(2))  # probes the device once
+    docs(model, layers=range(2))  # compiles, or probes the processor, once
     found: dict = {}
     runs = {
         "plain script": lambda: found.update(script=plain_script(matrices, everything)),
@@ -65,18 +67,23 @@ def main() -> None:
         "bare float32 products": lambda: products(matrices, torch.float32),
         "bare bfloat16 products": lambda: products(matrices, torch.bfloat16),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    processor: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(arguments.repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start, start_processor = time.perf_counter(), time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - start)
-    ours = median(seconds["hf_layerprobe.docs"])
-    print(
-        f"{len(everything)} pairs, {arguments.threads} threads, torch {torch.__version__}, {arguments.repeats} repeats"
-    )
-    for name, times in seconds.items():
-        print(f"{name:24s} {median(times):8.3f} s   {median(times) / ours:6.2f} x the time of hf_layerprobe.docs")
+            wall[name].append(time.perf_counter() - start)
+            processor[name].append(time.process_time() - start_processor)
+    search = "torch" if native.kernel() is None else "compiled search (AMX)"
+    shapes = sorted({tuple(matrix.shape) for matrix in matrices.values()})
+    print(f"{len(everything)} pairs of float32 matrices {shapes}, {search}, torch {torch.__version__}")
+    print(f"{arguments.threads} threads, medians of {arguments.repeats}; each also times hf_layerprobe.docs")
+    ours = [median(seconds["hf_layerprobe.docs"]) for seconds in (wall, processor)]
+    for name in runs:
+        medians = [median(seconds[name]) for seconds in (wall, processor)]
+        columns = [f"{m:9.3f} s {m / own:6.2f} x" for m, own in zip(medians, ours, strict=True)]
+        print(f"{name:24s} {columns[0]}   of the processors {columns[1]}")
     some = everything[:: max(1, len(everything) // 60)]
     exact = plain_script(matrices, some, torch.float64)
     deviation = max(abs(found["docs"][kind][i, j] - exact[kind, i, j]) for kind, i, j in some)
