@@ -182,10 +182,11 @@ def test_weights_that_are_not_in_memory_are_named():
         list(read_matrices(find_stacks(model)[0]))
 
 
-def test_quantised_weights_are_refused():
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(dtype):
     model = tiny_model("llama")
     projection = model.model.layers[1].self_attn.q_proj
-    projection.weight = torch.nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
+    projection.weight = torch.nn.Parameter(projection.weight.to(dtype), requires_grad=False)
     with pytest.raises(LayerProbeError, match=r"q matrix of layer 1.*quantised"):
         list(read_matrices(find_stacks(model)[0]))
 

@@ -112,7 +112,7 @@ def check_readable(matrix: torch.Tensor, where: str) -> None:
             f"Cannot read {where}: it is on the meta device (offloaded, or built without weights). Load the model into "
             "memory first."
         )
-    if not matrix.is_floating_point():
+    if not matrix.is_floating_point() or matrix.element_size() < 2:  # 8-bit floats mean nothing without their scales
         raise LayerProbeError(f"Cannot read {where}: it is quantised ({matrix.dtype}); load it dequantised.")
     # Both ends are finite just when all values are: NaN wins in either. One pass, and nothing as large as the matrix.
     if not torch.isfinite(torch.stack(torch.aminmax(matrix))).all():
