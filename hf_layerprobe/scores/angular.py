@@ -54,7 +54,11 @@ class AngularDistance(Resumable):
         states = torch.stack([state.to(device) for state in self._states], 1)  # [batch, L + 1, hidden]
         units = states / torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         # The angle from both norms, 2 atan2(‖a − b‖, ‖a + b‖), keeps its digits where arccos loses them: near 0 and π.
-        between, across = (torch.linalg.vector_norm(units[:, :, None] + s * units[:, None], dim=-1) for s in (-1, 1))
+        # State by state: all pairs at once would be the largest tensor of the pass.
+        between, across = (
+            torch.stack([torch.linalg.vector_norm(units + s * one, dim=-1) for one in units.split(1, dim=1)], 1)
+            for s in (-1, 1)
+        )
         angles = 2 * torch.atan2(between, across) / math.pi
         counted = self._last >= 0
         angles = torch.where(counted[:, None, None], angles, 0).sum(0)
