@@ -1,16 +1,20 @@
 """Closed-form repair: the regression against NumPy, what it recovers exactly, and that nothing worse is ever kept."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from peft import PeftModel
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_layerprobe import LayerProbeError, PruningPlan, plan_pruning, prune_layers
-from hf_layerprobe.repair import ClosedForm, repair_model
+from hf_layerprobe.repair import ClosedForm, Finetune, Lora, repair_model
 from hf_layerprobe.repair.least_squares import Normal, best_change
+from hf_layerprobe.repair.training import teacher_map
 from hf_layerprobe.stacks import resolve_stack
 
 
@@ -64,8 +68,8 @@ def test_the_regression_is_the_weighted_ridge_of_numpy():
     wanted = np.linalg.solve(gram + 0.3 * np.diag(gram).mean() * np.eye(7), read.T @ (weight[:, None] * residual))
     found = equations.solve(0.3)
     assert np.allclose(found, wanted, atol=1e-5)
-    error = (weight[:, None] * (residual - read @ wanted) ** 2).sum()
-    assert equations.error_of(found) == pytest.approx(error, rel=1e-4)
+    error = (weight[:, None] * (residual - read @ wanted) ** 2).sum(0)
+    assert equations.error_of(found).tolist() == pytest.approx(error.tolist(), rel=1e-4)
 
 
 def test_what_does_not_hold_elsewhere_is_not_fitted():
@@ -75,8 +79,21 @@ def test_what_does_not_hold_elsewhere_is_not_fitted():
     same_again.update(read, residual, weight)
     opposite.update(read, -residual, weight)
     change, share = best_change(fit, same_again)
-    assert change is not None and share > 0
-    assert best_change(fit, opposite) == (None, 0.0)
+    assert change.abs().min() > 0 and share > 0
+    change, share = best_change(fit, opposite)
+    assert change.abs().max() == 0 and share == 0
+
+
+def test_each_channel_has_its_own_ridge():
+    """A channel that the reading explains is fitted, and one a thousand times as large that is noise is left alone."""
+    generator = torch.Generator().manual_seed(0)
+    equations = [Normal(), Normal()]
+    for each in equations:
+        read = torch.randn((60, 20), generator=generator)
+        residual = torch.stack([read[:, 0], 1000 * torch.randn(60, generator=generator)], dim=1)
+        each.update(read, residual, torch.ones(60))
+    change, _ = best_change(*equations)
+    assert change[0, 0] > 0.9 and equations[1].error_of(change)[1] <= equations[1].error[1]
 
 
 def test_a_layer_that_writes_a_constant_is_replaced_exactly():
@@ -121,8 +138,8 @@ def test_a_repair_that_makes_things_worse_is_undone():
     data = saying(pruned, text_batches())
     plain = weights(pruned)
     found = repair_model(pruned, model, [0, 2, 3], data)
-    assert not found["kept"] and found["loss"] == "labels" and found["layers"]
-    assert found["held_out_loss"]["repaired"] > found["held_out_loss"]["pruned"]
+    assert not found["kept"] and found["loss"] == "labels" and not found["layers"]
+    assert found["held_out_loss"]["repaired"] == found["held_out_loss"]["pruned"]
     assert same(plain, weights(pruned))
 
 
@@ -166,10 +183,100 @@ def test_repair_from_texts():
     assert not same(weights(repaired), weights(plain))
 
 
+def healing(**changes):
+    return dict(steps=6, learning_rate=5e-3, max_length=24, **changes)
+
+
+@pytest.mark.parametrize("settings", [Lora(**healing(rank=4)), Finetune(**healing()), Lora(**healing(teacher=False))])
+def test_training_brings_it_closer_and_leaves_a_plain_model(settings, tmp_path):
+    model = tiny_model("llama")
+    data = saying(model, text_batches(12))
+    pruned = prune_layers(model, remove=[1])
+    names, untouched, plain = list(pruned.state_dict()), weights(model), weights(pruned)
+    found = repair_model(pruned, model, [0, 2, 3], data, repair=settings)
+    losses = found["held_out_loss"]
+    assert found["kept"] and losses["repaired"] < losses["pruned"]
+    assert found["teacher_map"] == {"0": 1, "1": 2, "2": 3}
+    assert list(pruned.state_dict()) == names and all(p.requires_grad for p in pruned.parameters())
+    assert same(untouched, weights(model)) and not same(plain, weights(pruned)) and not pruned.training
+    pruned.save_pretrained(tmp_path)
+    assert same(weights(AutoModelForCausalLM.from_pretrained(tmp_path)), weights(pruned))
+
+
+def test_training_beside_the_cut_leaves_the_rest_alone():
+    model = tiny_model("bart")
+    pruned = prune_layers(model, remove=[1], stack="model.decoder.layers")
+    plain = weights(pruned)
+    repair_model(
+        pruned,
+        model,
+        [0, 2, 3, 4],
+        inputs_for("bart"),
+        repair=Finetune(**healing(beside=1)),
+        stack="model.decoder.layers",
+    )
+    changed = {name for name, tensor in pruned.state_dict().items() if not torch.equal(tensor, plain[name])}
+    assert changed and all(name.startswith(("model.decoder.layers.0.", "model.decoder.layers.1.")) for name in changed)
+
+
+@pytest.mark.parametrize("kind", [Lora, Finetune])
+def test_training_that_diverges_is_undone(kind):
+    model = tiny_model("llama")
+    pruned = prune_layers(model, remove=[1])
+    plain = weights(pruned)
+    settings = kind(steps=3, learning_rate=1e4, arguments={"max_grad_norm": 0.0})
+    found = repair_model(pruned, model, [0, 2, 3], saying(model, text_batches()), repair=settings)
+    assert not found["kept"] and same(plain, weights(pruned)) and all(p.requires_grad for p in pruned.parameters())
+
+
+def test_training_stops_in_time_and_resumes(tmp_path):
+    model = tiny_model("llama")
+    data, saved = saying(model, text_batches(12)), tmp_path / "checkpoints"
+    pruned = prune_layers(model, remove=[1])
+    plain = weights(pruned)
+    with pytest.raises(LayerProbeError, match="minutes=1e-09 is too short for one training step"):
+        repair_model(pruned, model, [0, 2, 3], data, repair=Lora(minutes=1e-9))
+    assert same(plain, weights(pruned)) and list(plain) == list(pruned.state_dict())
+    settings = healing(output_dir=str(saved), arguments={"save_steps": 3, "seed": 3})
+    repair_model(pruned, model, [0, 2, 3], data, repair=Finetune(**settings))
+    assert (saved / "checkpoint-3").is_dir()
+    shutil.rmtree(saved / "checkpoint-6")
+    again = prune_layers(model, remove=[1])
+    repair_model(again, model, [0, 2, 3], data, repair=Finetune(**settings))
+    for name, tensor in weights(pruned).items():
+        assert torch.allclose(tensor, again.state_dict()[name], atol=1e-6), name
+
+
+def test_an_adapter_can_be_kept(tmp_path):
+    model = tiny_model("llama")
+    data = saying(model, text_batches(12))
+    pruned, plain = (prune_layers(model, remove=[1]) for _ in range(2))
+    repair_model(pruned, model, [0, 2, 3], data, repair=Lora(**healing(adapter_dir=str(tmp_path))))
+    merged = PeftModel.from_pretrained(plain, tmp_path).merge_and_unload()
+    for name, tensor in weights(pruned).items():
+        assert torch.allclose(tensor, merged.state_dict()[name], atol=1e-5), name
+
+
+def test_what_holds_the_place_of_removed_layers():
+    assert teacher_map([0, 3, 4], 6) == {0: 2, 1: 3, 2: 5}
+
+
+def test_a_data_set_without_text():
+    model = tiny_model("llama")
+    rows = Dataset.from_dict({"number": [1, 2, 3]})
+    with pytest.raises(LayerProbeError, match="number"):
+        prune_layers(model, remove=[1], data=rows, tokenizer=tiny_tokenizer(), repair="lora")
+
+
 @pytest.mark.parametrize(
     "family, data, repair, message",
     [
-        ("llama", text_batches(), "magic", "repair='magic' is not known; expected one of 'closed-form'"),
+        (
+            "llama",
+            text_batches(),
+            "magic",
+            "repair='magic' is not known; expected one of 'closed-form', 'lora', 'finetune'",
+        ),
         ("llama", None, "closed-form", "pass data="),
         ("llama", text_batches(1), "closed-form", "makes 1 batch"),
         ("mixtral", text_batches(), "closed-form", "0 plain down matrices (a mixture of experts has none)"),

@@ -35,7 +35,7 @@ class Steps:
         self._stack = stack
         self._calls: list[tuple[tuple, dict]] = []
         self._tails: list[tuple | None] = []
-        inputs = {name: value.to(stack.model.device) for name, value in batch.items() if name != "labels"}
+        inputs = {name: value.to(stack.model.device) for name, value in batch.items()}
         self._inputs = {**inputs, **fixed}
         masks = TokenMasks(stack)
         masks.begin((), inputs)

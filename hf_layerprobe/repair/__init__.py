@@ -1,5 +1,6 @@
 """Bringing a pruned model back towards the original; never kept when it measures worse."""
 
-from .run import ClosedForm, repair_config, repair_model
+from .run import repair_model
+from .settings import ClosedForm, Finetune, Lora, repair_config
 
-__all__ = ["ClosedForm", "repair_config", "repair_model"]
+__all__ = ["ClosedForm", "Finetune", "Lora", "repair_config", "repair_model"]

@@ -13,16 +13,20 @@ from ..activations.text import Batch
 from ..progress import progress
 from ..stacks import LayerStack
 from .least_squares import Normal, best_change
-from .sites import Site, find_site
+from .losses import HeldOutLoss
+from .sites import find_site
 
 # A token whose stream is this many times as long as the median one's is left out: a few of them own the squared error.
 MASSIVE = 4.0
+# How much of a layer's change is tried.
+PARTS = (1.0, 0.5)
 
 
 class Track:
     """One batch in both models: the original's stream, and the pruned model's at the same depth."""
 
     def __init__(self, original: LayerStack, batch: Batch, fixed: dict[str, Any]):
+        self.batch = batch
         self.steps = Steps(original, batch, **fixed)
         self.target = self.stream = self.steps.start
 
@@ -40,26 +44,29 @@ def fit(
     keep: Sequence[int],
     fitted: Sequence[Batch],
     held_out: Sequence[Batch],
+    loss: HeldOutLoss,
     fixed: dict[str, Any],
-) -> list[tuple[int, float, Site]]:
+) -> list[dict[str, Any]]:
     """Fits, in depth order, the `down` matrix of every layer from the one before the first cut on.
 
     Our own method, after ReplaceMe (arXiv 2505.02819) and LinearPatch (arXiv 2505.24680), which fit one map at one cut: each
     layer of the pruned model, reading what the repaired layers before it wrote, is brought towards the stream that the
     original has after the layer in its place and the removed ones behind it. Errors are relative to the token's stream,
-    massive tokens are left out, and each layer's ridge (or no change) is chosen on the held-out batches.
+    massive tokens are left out, and each channel's ridge (or no change) is chosen on the held-out batches. A layer's change is
+    then taken whole, by half, or not at all, whichever gives the least loss on those.
 
     Args:
         original: The stack of the untouched model.
         pruned: The stack of the pruned one; changed in place.
         keep: The original's layers in it.
         fitted: Batches to fit on.
-        held_out: Batches to choose each ridge on.
+        held_out: Batches to choose by.
+        loss: What is measured on the held-out batches.
         fixed: Further arguments of the original's forward pass.
 
     Returns:
-        For each layer that was changed its index in the original, the share of the held-out error taken away, and the place,
-        which can be restored.
+        One entry a layer that was changed: its index in the original, the part of the change that was taken, the share of the
+        held-out error that the whole change takes away, and the loss then.
 
     Raises:
         LayerProbeError: Layers that cannot be run one at a time, or whose last matrix is not simply added.
@@ -67,7 +74,7 @@ def fit(
     parts = [[Track(original, batch, fixed) for batch in batches] for batches in (fitted, held_out)]
     tracks = [track for part in parts for track in part]
     first_cut = next(i for i in range(original.num_layers) if i not in keep)
-    changed = []
+    changed, least = [], None
     for position, index in enumerate(progress(keep, desc="Closed-form repair", unit="layer")):
         last = keep[position + 1] - 1 if position + 1 < len(keep) else original.num_layers - 1
         layer = pruned.layers[position]
@@ -78,6 +85,8 @@ def fit(
             for track in tracks:
                 track.stream = track.target
             continue
+        if least is None:
+            least = _loss(pruned, keep, position, parts[1], loss)
         site = find_site(layer, lambda: tracks[0].steps.run(layer, index, tracks[0].stream))  # noqa: B023
         sums = [Normal(), Normal()]
         for part, equations in zip(parts, sums, strict=True):
@@ -87,12 +96,30 @@ def fit(
                 read, residual, weights = _with_bias(read, site.matrix), wanted - total, track.weights(wanted)
                 equations.update(read.flatten(0, -2), residual.flatten(0, -2), weights.flatten())
         change, share = best_change(*sums)
-        if change is not None:
-            site.add(change)
-            changed.append((index, share, site))
+        before, taken = site.state(), 0.0
+        for part_taken in PARTS:
+            site.set(before, part_taken * change)
+            value = _loss(pruned, keep, position, parts[1], loss)
+            if value < least:
+                least, taken = value, part_taken
+        site.set(before, taken * change)
+        if taken:
+            changed.append({"layer": index, "taken": taken, "error_removed": share, "held_out_loss": least})
         for track in tracks:
             track.stream = track.steps.run(layer, index, track.stream)
     return changed
+
+
+def _loss(pruned: LayerStack, keep: Sequence[int], first: int, tracks: Sequence[Track], loss: HeldOutLoss) -> float:
+    """The loss on the held-out batches, from a layer of the pruned model on."""
+    total, count = 0.0, 0
+    for track in tracks:
+        stream = track.stream
+        for position in range(first, len(keep)):
+            stream = track.steps.run(pruned.layers[position], keep[position], stream)
+        value, weight = loss.sums(track.batch, track.steps.finish(stream), track.steps.output)
+        total, count = total + value, count + weight
+    return total / max(count, 1)
 
 
 def _with_bias(read: torch.Tensor, matrix: nn.Module) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import log_softmax
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel
 from ..activations.text import Batch
 from ..errors import LayerProbeError
 from ..modes import evaluating
-from ..scores.loss import IGNORED, check_causal, next_token_loss
+from ..scores.loss import IGNORED, check_causal, summed_loss
+
+LABELS, NEXT, DISTANCE = "labels", "next token", "distance to the original"
 
 
 class HeldOutLoss:
@@ -33,38 +36,48 @@ class HeldOutLoss:
         self.original = original
         self.batches = batches
         if all("labels" in batch for batch in batches):
-            self.name = "labels"
+            self.name = LABELS
             return
-        self.name = "next token"
+        self.name = NEXT
         try:
             check_causal(original)
         except LayerProbeError:
-            self.name = "distance to the original"
+            self.name = DISTANCE
 
     def of(self, model: PreTrainedModel) -> float:
         """Mean loss of a model."""
-        if self.name == "next token":
-            return next_token_loss(model, self.batches)
         total, count = 0.0, 0
         with evaluating(model, self.original), torch.no_grad():
             for batch in self.batches:
                 inputs = {name: value.to(model.device) for name, value in batch.items()}
-                if self.name == "labels":
-                    loss, weight = model(**inputs).loss, int((inputs["labels"] != IGNORED).sum())
-                else:
-                    loss, weight = self._distance(model, inputs)
-                total, count = total + loss.item() * weight, count + weight
+                wanted = self.original(**inputs) if self.name == DISTANCE else None
+                loss, weight = self.sums(batch, model(**inputs), wanted)
+                total, count = total + loss, count + weight
         return total / max(count, 1)
 
-    def _distance(self, model: PreTrainedModel, inputs: Batch) -> tuple[torch.Tensor, int]:
-        wanted, found = self.original(**inputs), model(**inputs)
+    def sums(self, batch: Batch, found: Any, wanted: Any) -> tuple[float, int]:
+        """Summed loss of a batch, and how much it counts.
+
+        Args:
+            batch: The batch.
+            found: The model's output.
+            wanted: The original's, for the distance.
+        """
+        if self.name == LABELS:
+            count = int((batch["labels"] != IGNORED).sum())
+            return found.loss.item() * count, count
+        if self.name == NEXT:
+            ids = batch["input_ids"]
+            mask = batch.get("attention_mask", torch.ones_like(ids))
+            labels = torch.where(mask[:, 1:].bool(), ids[:, 1:], IGNORED).to(found.logits.device)
+            return summed_loss(found.logits[:, :-1], labels).item(), int((labels != IGNORED).sum())
         if "logits" in found:
             wanted, found = (log_softmax(each.logits.float(), dim=-1) for each in (wanted, found))
             distances = (wanted.exp() * (wanted - found)).sum(-1)
         else:
             wanted, found = (each[0].float() for each in (wanted, found))
             distances = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
-        mask = inputs.get("attention_mask")
+        mask = batch.get("attention_mask")
         if mask is not None and mask.shape == distances.shape:
-            distances = distances[mask.bool()]
-        return distances.mean(), distances.numel()
+            distances = distances[mask.bool().to(distances.device)]
+        return distances.sum().item(), distances.numel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,41 +17,14 @@ from ..modes import evaluating
 from ..stacks import LayerStack, resolve_stack
 from . import closed_form
 from .losses import HeldOutLoss
+from .settings import ClosedForm, Repair, repair_config
+from .training import teacher_map, train
 
 logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class ClosedForm:
-    """Training-free repair by least squares; see [`closed_form.fit`].
-
-    Attributes:
-        max_tokens: Tokens of the data to use, three quarters to fit on and the rest to choose by.
-        max_length: Tokens a sequence.
-        batch_size: Sequences a batch.
-    """
-
-    max_tokens: int = 32768
-    max_length: int = 512
-    batch_size: int = 4
-
-
-# One batch in so many is not fitted to: ridges are chosen on it, and whether the repair is kept.
+# One batch in so many is not fitted to: choices are made on it, and whether the repair is kept.
 HELD_OUT = 4
-REPAIRS = {"closed-form": ClosedForm}
-
-
-def repair_config(repair: str | ClosedForm) -> ClosedForm:
-    """The settings that a name stands for.
-
-    Raises:
-        LayerProbeError: No such repair.
-    """
-    if isinstance(repair, tuple(REPAIRS.values())):
-        return repair
-    if not isinstance(repair, str) or repair not in REPAIRS:
-        raise LayerProbeError(f"repair={repair!r} is not known; expected one of {', '.join(map(repr, REPAIRS))}.")
-    return REPAIRS[repair]()
 
 
 def repair_model(
@@ -60,7 +33,7 @@ def repair_model(
     keep: Sequence[int],
     data: Any,
     *,
-    repair: str | ClosedForm = "closed-form",
+    repair: str | Repair = "closed-form",
     stack: str | LayerStack | None = None,
     tokenizer=None,
 ) -> dict[str, Any]:
@@ -75,7 +48,7 @@ def repair_model(
         keep: The original's layers that it has (0-based, ascending).
         data: As for [`score_layers`]: texts or a data set with `tokenizer`, or batches of model inputs. Not what the
             result will be evaluated on.
-        repair: `"closed-form"`, or its settings.
+        repair: `"closed-form"`, `"lora"` or `"finetune"`, or settings: [`ClosedForm`], [`Lora`], [`Finetune`].
         stack: Path of the stack; the main one by default.
         tokenizer: Needed for texts.
 
@@ -86,42 +59,53 @@ def repair_model(
     Raises:
         LayerProbeError: An unknown repair, data that makes fewer than two batches, or layers that cannot be fitted.
     """
-    config = repair_config(repair)
+    settings = repair_config(repair)
     if data is None:
         raise LayerProbeError("A repair is fitted to data: pass data= (and tokenizer= for texts).")
     before, after = resolve_stack(original, stack), resolve_stack(pruned, stack)
     rows = list(
         batches(
-            data, original, tokenizer, batch_size=config.batch_size, max_length=config.max_length,
-            max_tokens=config.max_tokens,
+            data, original, tokenizer, batch_size=settings.batch_size, max_length=settings.max_length,
+            max_tokens=settings.max_tokens,
         )
     )  # fmt: skip
     if len(rows) < 2:
         raise LayerProbeError(
-            f"The data makes {len(rows)} batch of at most {config.batch_size} sequences; a repair needs at least two, one "
+            f"The data makes {len(rows)} batch of at most {settings.batch_size} sequences; a repair needs at least two, one "
             "to fit and one to check on. Pass more."
         )
     held_out = rows[1::HELD_OUT]
     fitted = [row for number, row in enumerate(rows) if number % HELD_OUT != 1]
     loss = HeldOutLoss(original, held_out)
     losses = {"original": loss.of(original), "pruned": loss.of(pruned)}
-    fixed = {"use_cache": False} if "use_cache" in inspect.signature(original.forward).parameters else {}
-    with evaluating(original, pruned), torch.no_grad():
-        changed = closed_form.fit(before, after, keep, fitted, held_out, fixed)
-    losses["repaired"] = loss.of(pruned)
-    kept = losses["repaired"] < losses["pruned"]  # false for NaN too
+    report: dict[str, Any] = {"method": settings.name, "settings": asdict(settings), "loss": loss.name}
+    if isinstance(settings, ClosedForm):
+        kept = _closed_form(before, after, keep, fitted, held_out, loss, losses, report)
+    else:
+
+        def improves(model: PreTrainedModel) -> bool:
+            losses["repaired"] = loss.of(model)
+            return losses["repaired"] < losses["pruned"]  # false for NaN too
+
+        with evaluating(original, pruned):  # the Trainer's modes are not the caller's
+            kept = train(after, before, keep, fitted, settings, improves)
+        report["teacher_map"] = {str(s): t for s, t in teacher_map(keep, before.num_layers).items()}
     if not kept:
-        for _, _, site in changed:
-            site.restore()
         logger.warning(
-            f"The closed-form repair was undone: the held-out loss ({loss.name}) was {losses['pruned']:.4f} before it and "
+            f"The {settings.name} repair was undone: the held-out loss ({loss.name}) was {losses['pruned']:.4f} before it and "
             f"{losses['repaired']:.4f} after."
         )
-    return {
-        "method": "closed-form",
-        "settings": asdict(config),
-        "kept": kept,
-        "loss": loss.name,
-        "held_out_loss": losses,
-        "layers": [{"layer": index, "error_removed": share} for index, share, _ in changed],
-    }
+    return {**report, "kept": kept, "held_out_loss": losses}
+
+
+def _closed_form(before, after, keep, fitted, held_out, loss, losses, report) -> bool:
+    original, pruned = before.model, after.model
+    fixed = {"use_cache": False} if "use_cache" in inspect.signature(original.forward).parameters else {}
+    state = {name: tensor.clone() for name, tensor in after.layers.state_dict().items()}
+    with evaluating(original, pruned), torch.no_grad():
+        report["layers"] = closed_form.fit(before, after, keep, fitted, held_out, loss, fixed)
+    losses["repaired"] = loss.of(pruned)
+    if losses["repaired"] < losses["pruned"]:
+        return True
+    after.layers.load_state_dict(state)
+    return False

@@ -29,7 +29,6 @@ class Site:
     layer: nn.Module
     matrix: nn.Module
     norm: nn.LayerNorm | None = None
-    _before: dict[str, torch.Tensor] | None = None
 
     def observe(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the layer once.
@@ -61,19 +60,16 @@ class Site:
         shape = (target - self.norm.bias) / gain
         return total.mean(-1, keepdim=True) + total.std(-1, correction=0, keepdim=True) * shape
 
-    @torch.no_grad()
-    def add(self, change: torch.Tensor) -> None:
-        """Adds `[in (+ 1 with a bias), hidden]` to the matrix."""
-        self._before = {name: tensor.clone() for name, tensor in self.matrix.state_dict().items()}
-        weight = self.matrix.weight
-        rows = change[: weight.shape[0] if isinstance(self.matrix, Conv1D) else weight.shape[1]]
-        weight += (rows if isinstance(self.matrix, Conv1D) else rows.T).to(weight)
-        if self.matrix.bias is not None:
-            self.matrix.bias += change[-1].to(self.matrix.bias)
+    def state(self) -> dict[str, torch.Tensor]:
+        """A copy of the matrix's weight and bias."""
+        return {name: tensor.clone() for name, tensor in self.matrix.state_dict().items()}
 
-    def restore(self) -> None:
-        """Takes the last change back."""
-        self.matrix.load_state_dict(self._before)
+    def set(self, state: dict[str, torch.Tensor], change: torch.Tensor) -> None:
+        """Sets the matrix to a state plus a change, `[in (+ 1 with a bias), hidden]`."""
+        transposed = isinstance(self.matrix, Conv1D)  # stored as [in, out]
+        rows = change[: self.matrix.weight.shape[0 if transposed else 1]]
+        changes = {"weight": rows if transposed else rows.T, "bias": change[-1]}
+        self.matrix.load_state_dict({name: tensor + changes[name].to(tensor) for name, tensor in state.items()})
 
 
 def find_site(layer: nn.Module, run: Callable[[], torch.Tensor]) -> Site:

@@ -1,0 +1,93 @@
+"""The settings of each repair, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import LayerProbeError
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """Training-free repair by least squares; see [`closed_form.fit`].
+
+    Attributes:
+        max_tokens: Tokens of the data to use, three quarters to fit on and the rest to choose by.
+        max_length: Tokens a sequence.
+        batch_size: Sequences a batch.
+    """
+
+    max_tokens: int = 32768
+    max_length: int = 512
+    batch_size: int = 4
+
+    name = "closed-form"
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Training of the layers beside the cuts, through `Trainer`.
+
+    Attributes:
+        beside: Layers to train on either side of each cut.
+        teacher: Learn from the untouched model's logits and hidden states; False learns from the batches' own labels, or
+            the next tokens.
+        hidden_weight: Weight of the hidden states beside the logits (relative squared error after each layer that stands in
+            for removed ones); with a teacher only.
+        steps: Batches to train on; one pass over the data by default.
+        minutes: Stop after so long.
+        learning_rate: The highest; it falls to zero along a cosine.
+        max_tokens: Tokens of the data to use; all by default.
+        max_length: Tokens a sequence.
+        batch_size: Sequences a batch.
+        output_dir: Keep the Trainer's checkpoints here, and go on from the last one that is there.
+        arguments: Further `TrainingArguments`: `report_to`, `bf16`, `gradient_accumulation_steps`, `save_steps` and so on.
+    """
+
+    beside: int = 2
+    teacher: bool = True
+    hidden_weight: float = 0.1
+    steps: int | None = None
+    minutes: float | None = None
+    learning_rate: float = 1e-4
+    max_tokens: int | None = None
+    max_length: int = 512
+    batch_size: int = 4
+    output_dir: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    name = "finetune"
+
+
+@dataclass(frozen=True)
+class Lora(Finetune):
+    """Low-rank training of every layer with PEFT, through `Trainer`; merged into the weights.
+
+    Attributes:
+        rank: Rank of the adapter.
+        adapter_dir: Also keep the adapter here, as PEFT saves it.
+    """
+
+    learning_rate: float = 5e-4
+    rank: int = 16
+    adapter_dir: str | None = None
+
+    name = "lora"
+
+
+REPAIRS = {each.name: each for each in (ClosedForm, Lora, Finetune)}
+Repair = ClosedForm | Finetune
+
+
+def repair_config(repair: str | Repair) -> Repair:
+    """The settings that a name stands for.
+
+    Raises:
+        LayerProbeError: No such repair.
+    """
+    if isinstance(repair, Repair):
+        return repair
+    if not isinstance(repair, str) or repair not in REPAIRS:
+        raise LayerProbeError(f"repair={repair!r} is not known; expected one of {', '.join(map(repr, REPAIRS))}.")
+    return REPAIRS[repair]()
