@@ -9,7 +9,7 @@ import transformers as tf
 from datasets import Dataset
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
-from hf_layerprobe import prune_layers
+from hf_layerprobe import plan_pruning, prune_layers
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
 TEXTS = ["the quick brown fox jumps over the lazy dog"] * 8
@@ -94,3 +94,11 @@ def test_the_block_of_evaluate_modules(names):
     exec(next(block for block in BLOCKS if "metric_path" in block), names)
     found = names["compute_metrics"](None)
     assert {"avss/layer_00", "docs/q/mean_neighbour", "perplexity"} <= found.keys()
+
+
+def test_the_block_of_repairs(names):
+    texts = ["the quick brown fox jumps over the lazy dog"] * 300
+    block = next(block for block in BLOCKS if "Lora(" in block)
+    block = block.replace("minutes=30", "steps=2, max_tokens=5000").replace('"bf16": True', '"use_cpu": True')
+    plan = plan_pruning(names["model"], remove=[1])
+    exec(block, names | {"prune_layers": prune_layers, "plan": plan, "texts": texts})

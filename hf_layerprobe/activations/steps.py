@@ -25,7 +25,6 @@ class Steps:
     Attributes:
         start: The residual stream before the first layer, `[batch, tokens, hidden]`.
         mask: `[batch, tokens]`, true for the tokens that count; `None` when all do.
-        output: What the whole model made of the batch.
 
     Raises:
         LayerProbeError: The model does something to the stream between its layers, so they cannot be run alone.
@@ -61,7 +60,7 @@ class Steps:
             for index, layer in enumerate(stack.layers)
         ]
         try:
-            self.output = stack.model(**self._inputs)
+            stack.model(**self._inputs)
         finally:
             for handle in handles:
                 handle.remove()

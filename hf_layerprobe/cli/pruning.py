@@ -95,8 +95,8 @@ def prune(
     repair: Annotated[
         str | None,
         typer.Option(
-            help="Bring the pruned model back towards the original, without training: `closed-form`. Kept only if the loss on "
-            "text that it was not fitted to improves."
+            help="Bring the pruned model back towards the original: `closed-form` (no training), `lora` or `finetune`. Kept "
+            "only if the loss on text that it was not fitted to improves."
         ),
     ] = None,
     text: TextFile = None,

@@ -71,6 +71,7 @@ def fit(
     Raises:
         LayerProbeError: Layers that cannot be run one at a time, or whose last matrix is not simply added.
     """
+    wanted_outputs = [loss.wanted(batch) for batch in held_out]
     parts = [[Track(original, batch, fixed) for batch in batches] for batches in (fitted, held_out)]
     tracks = [track for part in parts for track in part]
     first_cut = next(i for i in range(original.num_layers) if i not in keep)
@@ -86,7 +87,7 @@ def fit(
                 track.stream = track.target
             continue
         if least is None:
-            least = _loss(pruned, keep, position, parts[1], loss)
+            least = _loss(pruned, keep, position, parts[1], wanted_outputs, loss)
         site = find_site(layer, lambda: tracks[0].steps.run(layer, index, tracks[0].stream))  # noqa: B023
         sums = [Normal(), Normal()]
         for part, equations in zip(parts, sums, strict=True):
@@ -99,7 +100,7 @@ def fit(
         before, taken = site.state(), 0.0
         for part_taken in PARTS:
             site.set(before, part_taken * change)
-            value = _loss(pruned, keep, position, parts[1], loss)
+            value = _loss(pruned, keep, position, parts[1], wanted_outputs, loss)
             if value < least:
                 least, taken = value, part_taken
         site.set(before, taken * change)
@@ -110,14 +111,21 @@ def fit(
     return changed
 
 
-def _loss(pruned: LayerStack, keep: Sequence[int], first: int, tracks: Sequence[Track], loss: HeldOutLoss) -> float:
+def _loss(
+    pruned: LayerStack,
+    keep: Sequence[int],
+    first: int,
+    tracks: Sequence[Track],
+    wanted: Sequence[Any],
+    loss: HeldOutLoss,
+) -> float:
     """The loss on the held-out batches, from a layer of the pruned model on."""
     total, count = 0.0, 0
-    for track in tracks:
+    for track, output in zip(tracks, wanted, strict=True):
         stream = track.stream
         for position in range(first, len(keep)):
             stream = track.steps.run(pruned.layers[position], keep[position], stream)
-        value, weight = loss.sums(track.batch, track.steps.finish(stream), track.steps.output)
+        value, weight = loss.sums(track.batch, track.steps.finish(stream), output)
         total, count = total + value, count + weight
     return total / max(count, 1)
 

@@ -50,10 +50,15 @@ class HeldOutLoss:
         with evaluating(model, self.original), torch.no_grad():
             for batch in self.batches:
                 inputs = {name: value.to(model.device) for name, value in batch.items()}
-                wanted = self.original(**inputs) if self.name == DISTANCE else None
-                loss, weight = self.sums(batch, model(**inputs), wanted)
+                loss, weight = self.sums(batch, model(**inputs), self.wanted(batch))
                 total, count = total + loss, count + weight
         return total / max(count, 1)
+
+    def wanted(self, batch: Batch) -> Any:
+        """The original's output, where the loss is the distance from it; else None."""
+        if self.name != DISTANCE:
+            return None
+        return self.original(**{name: value.to(self.original.device) for name, value in batch.items()})
 
     def sums(self, batch: Batch, found: Any, wanted: Any) -> tuple[float, int]:
         """Summed loss of a batch, and how much it counts.

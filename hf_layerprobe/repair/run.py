@@ -21,10 +21,9 @@ from .settings import ClosedForm, Repair, repair_config
 from .training import teacher_map, train
 
 logger = logging.get_logger(__name__)
-
-
 # One batch in so many is not fitted to: choices are made on it, and whether the repair is kept.
 HELD_OUT = 4
+PRIVATE = ("output_dir", "adapter_dir", "arguments")
 
 
 def repair_model(
@@ -78,7 +77,7 @@ def repair_model(
     fitted = [row for number, row in enumerate(rows) if number % HELD_OUT != 1]
     loss = HeldOutLoss(original, held_out)
     losses = {"original": loss.of(original), "pruned": loss.of(pruned)}
-    report: dict[str, Any] = {"method": settings.name, "settings": asdict(settings), "loss": loss.name}
+    report: dict[str, Any] = {"method": settings.name, "settings": _recorded(settings), "loss": loss.name}
     if isinstance(settings, ClosedForm):
         kept = _closed_form(before, after, keep, fitted, held_out, loss, losses, report)
     else:
@@ -102,10 +101,18 @@ def _closed_form(before, after, keep, fitted, held_out, loss, losses, report) ->
     original, pruned = before.model, after.model
     fixed = {"use_cache": False} if "use_cache" in inspect.signature(original.forward).parameters else {}
     state = {name: tensor.clone() for name, tensor in after.layers.state_dict().items()}
-    with evaluating(original, pruned), torch.no_grad():
-        report["layers"] = closed_form.fit(before, after, keep, fitted, held_out, loss, fixed)
-    losses["repaired"] = loss.of(pruned)
-    if losses["repaired"] < losses["pruned"]:
-        return True
-    after.layers.load_state_dict(state)
-    return False
+    kept = False
+    try:
+        with evaluating(original, pruned), torch.no_grad():
+            report["layers"] = closed_form.fit(before, after, keep, fitted, held_out, loss, fixed)
+        losses["repaired"] = loss.of(pruned)
+        kept = losses["repaired"] < losses["pruned"]
+    finally:
+        if not kept:
+            after.layers.load_state_dict(state)
+    return kept
+
+
+def _recorded(settings: Repair) -> dict[str, Any]:
+    """What a plan, which may be pushed, says of the settings: no place on this machine, and no token."""
+    return {name: value for name, value in asdict(settings).items() if name not in PRIVATE}

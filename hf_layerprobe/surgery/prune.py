@@ -71,8 +71,8 @@ def prune_layers(
         token: The token for the Hub, for loading and pushing; by default the one of `hf auth login` or `HF_TOKEN`.
         verify: Check that the model (reloaded from the folder, if there is one) computes what the original does with the
             removed layers bypassed, and that it generates the same with its cache as without.
-        repair: How to bring the pruned model back towards the original, with `data`: `"closed-form"` (training-free), or
-            settings such as `ClosedForm(max_tokens=...)`; see [`repair_model`]. Done after the check, and undone where the loss
+        repair: How to bring the pruned model back towards the original, with `data`: `"closed-form"` (training-free),
+            `"lora"`, `"finetune"`, or settings such as `Lora(minutes=30)`; see [`repair_model`]. Done after the check, and undone where the loss
             on held-out data does not improve; the plan in `output_dir` records it.
         options: Options of [`score_layers`] for the rule.
 
