@@ -7,9 +7,10 @@ import torch
 import transformers as tf
 from datasets import Dataset
 from tiny import TEXT as TINY
-from tiny import redrawn, tiny_model
+from tiny import redrawn, tiny_model, tiny_tokenizer
 
-from hf_layerprobe import LayerProbeError, evaluate_model, prune_layers
+from hf_layerprobe import LayerProbeError, evaluate_model, plan_pruning, prune_layers
+from hf_layerprobe.evaluation import overlap
 
 TEXTS = ["hello there, world", "naïve café", "a much longer text that needs several windows of tokens to be read", "x"]
 
@@ -62,6 +63,19 @@ def test_before_and_after():
     assert found.after.parameters < found.before.parameters
     assert evaluate_model(pruned, TEXTS, tokenizer=Bytes(), baseline=dense.after) == found
     assert found.to_dict()["after"]["perplexity"] == found.perplexity
+
+
+@pytest.mark.parametrize("by", ["influence", "contiguous", "auto"])
+def test_evaluating_on_the_calibration_texts_is_said(by, monkeypatch):
+    texts = [f"text {i}: the quick brown fox {i * 7919} jumps" for i in range(12)]
+    model, tokenizer, said = tiny_model("llama"), tiny_tokenizer(), []
+    monkeypatch.setattr(overlap.logger, "warning", said.append)
+    plan = plan_pruning(model, texts, num_layers=1, by=by, tokenizer=tokenizer)
+    pruned = prune_layers(model, plan)
+    evaluate_model(pruned, [f"other {each}" for each in texts], tokenizer=tokenizer, plan=plan)
+    assert said == []
+    evaluate_model(pruned, texts, tokenizer=tokenizer, plan=plan)
+    assert len(said) == 1 and "the plan's own" in said[0]
 
 
 def test_a_data_set_of_texts():

@@ -49,5 +49,6 @@ def used_text(rows: Iterable[Batch], model: nn.Module) -> dict[str, Any]:
     fingerprint, tokens = Fingerprint(model), 0
     for batch in rows:
         fingerprint.update(batch)
-        tokens += int(batch["attention_mask"].sum())
+        mask = batch.get("attention_mask")
+        tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
     return {"tokens": tokens, "sequences": fingerprint.sequences, "fingerprint": fingerprint.hexdigest()}

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..activations.data import check_positive, longest, text_rows
 from ..errors import LayerProbeError
+from ..plan import PruningPlan
 from ..scores.loss import check_causal
 from .intervals import Interval, interval, resampled_ratio
 from .likelihood import Request, first_token, losses
+from .overlap import warn_if_seen
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def evaluate_model(
     *,
     tokenizer: PreTrainedTokenizerBase,
     baseline: PreTrainedModel | Evaluation | None = None,
+    plan: PruningPlan | None = None,
     max_length: int = 512,
     batch_size: int = 4,
 ) -> Comparison:
@@ -122,6 +125,7 @@ def evaluate_model(
         data: Texts, or a `datasets.Dataset` with a text column.
         tokenizer: The tokenizer of the model, and of the baseline.
         baseline: The model before pruning, or its evaluation on the same data (`Comparison.after`).
+        plan: The plan that the model was pruned by: warns if its calibration, held-out or repair data are these texts.
         max_length: Tokens a window; no more than the positions that the model has (by its config).
         batch_size: Windows a batch.
 
@@ -143,6 +147,8 @@ def evaluate_model(
         raise LayerProbeError("The data has no text to evaluate on: it is empty, or every text is.")
     for each in models:
         check_causal(each)
+    if plan is not None:
+        warn_if_seen(texts, plan, model, tokenizer)
     before = None
     if isinstance(baseline, Evaluation):
         before = baseline

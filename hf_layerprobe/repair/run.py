@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..activations import batches
+from ..activations.fingerprint import used_text
 from ..errors import LayerProbeError
 from ..modes import evaluating
 from ..stacks import LayerStack, resolve_stack
@@ -77,7 +78,8 @@ def repair_model(
     fitted = [row for number, row in enumerate(rows) if number % HELD_OUT != 1]
     loss = HeldOutLoss(original, held_out)
     losses = {"original": loss.of(original), "pruned": loss.of(pruned)}
-    report: dict[str, Any] = {"method": settings.name, "settings": _recorded(settings), "loss": loss.name}
+    used = {"data": used_text(rows, original)} if all("input_ids" in row for row in rows) else {}
+    report: dict[str, Any] = {**used, "method": settings.name, "settings": _recorded(settings), "loss": loss.name}
     if isinstance(settings, ClosedForm):
         kept = _closed_form(before, after, keep, fitted, held_out, loss, losses, report)
     else:
