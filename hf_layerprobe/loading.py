@@ -29,6 +29,12 @@ def load_class(
     name_or_path: str | Path, *, token: str | bool | None = None
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """The config of a checkpoint and the model class it names; raises as [`load_model`]."""
+    folder = Path(name_or_path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+        raise LayerProbeError(
+            f"{str(name_or_path)!r} holds a PEFT adapter without its base model. Load both with "
+            "`AutoPeftModelForCausalLM.from_pretrained` or the like, and pass the model."
+        )
     config = AutoConfig.from_pretrained(
         name_or_path, token=token, trust_remote_code=False
     )  # never asks, never runs its code

@@ -188,6 +188,16 @@ def test_an_invalid_card_is_refused_before_anything_is_sent(hub, auto, tmp_path)
     assert hub.repos["ada/small"].messages == ["initial commit"] and not hub.blobs
 
 
+def test_cards_whose_metadata_cannot_be_read(tmp_path, caplog):
+    base = tiny_folder(tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: [bad\n: x\n---\n")
+    prune_layers(base, remove=[1], output_dir=tmp_path / "out")  # it does without
+    assert "license" not in metadata((tmp_path / "out" / "README.md").read_text())
+    (tmp_path / "out" / "README.md").write_text("---\nlicense: [bad\n: x\n---\n")
+    with pytest.raises(LayerProbeError, match="The metadata of .*README.md cannot be read"):
+        model_card(tmp_path / "out")
+
+
 def test_a_base_without_a_card(hub, tmp_path):  # noqa: F811
     store(hub, "ada/bare", tiny_folder(tmp_path / "bare"))
     prune_layers("ada/bare", remove=[1], output_dir=tmp_path / "out")

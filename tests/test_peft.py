@@ -248,3 +248,9 @@ def test_an_adapter_for_another_base(tmp_path):
         "default"
     ].base_model_name_or_path = other.config.name_or_path  # the way out that the message names
     assert find_stacks(prune_layers(model, remove=REMOVED))[0].num_layers == 3
+
+
+def test_an_adapter_without_its_base(tmp_path):
+    get_peft_model(tiny_model("llama"), CONFIGS["lora"]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(LayerProbeError, match="holds a PEFT adapter without its base model"):
+        prune_layers(tmp_path / "adapter", remove=REMOVED)

@@ -140,10 +140,10 @@ def prune(
                 f"a plan says what to remove; leave out {', '.join('--' + name.replace('_', '-') for name in given)}.",
                 param_hint="--plan",
             )
+    given_plan = PruningPlan.from_pretrained(plan_file) if plan_file is not None else None  # before the model is loaded
     loaded = open_model(model)
-    if plan_file is not None:
-        chosen = PruningPlan.from_pretrained(plan_file)
-    else:
+    chosen = given_plan
+    if chosen is None:
         chosen = _make_plan(
             model, loaded, text, column, by=by, ratio=ratio, num_layers=num_layers, remove=remove, keep=keep,
             max_tokens=max_tokens, stack=stack,

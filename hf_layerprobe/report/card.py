@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import transformers
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
@@ -57,7 +58,12 @@ def model_card(
     folder = Path(folder)
     plan = PruningPlan.load(folder)
     card = folder / CARD
-    inherited = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else ModelCardData()
+    try:
+        inherited = _data(card) if card.is_file() else ModelCardData()
+    except (yaml.YAMLError, ValueError) as error:
+        raise LayerProbeError(
+            f"The metadata of {card} cannot be read: {error}. Correct or remove that file."
+        ) from error
     return _render(folder, plan, inherited, base_model or inherited.get("base_model"), results or {}, repo_id)
 
 
@@ -84,14 +90,18 @@ def _origin(model: PreTrainedModel) -> tuple[str | list[str] | None, ModelCardDa
         if name and Path(name).exists():
             card = Path(name) / CARD
             # A model of one's own: what its card says that it was made from. Never its path.
-            data = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else ModelCardData()
+            data = _data(card) if card.is_file() else ModelCardData()
             return data.get("base_model"), data
         if not was_downloaded(name):
             return None, ModelCardData()
-        return name, ModelCard.load(fetch_file(name, CARD), ignore_metadata_errors=True).data
-    except (HubError, ValueError) as error:
+        return name, _data(fetch_file(name, CARD))
+    except (HubError, yaml.YAMLError, ValueError) as error:
         logger.warning(f"The licence and language of {name!r} cannot be carried over to the model card: {error}")
         return (name if was_downloaded(name) else None), ModelCardData()
+
+
+def _data(card: Path) -> ModelCardData:
+    return ModelCard.load(card, ignore_metadata_errors=True).data
 
 
 def _render(
