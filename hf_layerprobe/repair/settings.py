@@ -38,7 +38,8 @@ class Finetune:
         steps: Batches to train on; one pass over the data by default.
         minutes: Stop after so long.
         learning_rate: The highest; it falls to zero along a cosine.
-        max_tokens: Tokens of the data to use; all by default.
+        max_tokens: Tokens of the data to use, a quarter of them held out; None for all. The default is some minutes of a small
+            model on a laptop; a GPU takes millions.
         max_length: Tokens a sequence.
         batch_size: Sequences a batch.
         output_dir: Keep the Trainer's checkpoints here, and go on from the last one that is there.
@@ -51,7 +52,7 @@ class Finetune:
     steps: int | None = None
     minutes: float | None = None
     learning_rate: float = 1e-4
-    max_tokens: int | None = None
+    max_tokens: int | None = 131072
     max_length: int = 512
     batch_size: int = 4
     output_dir: str | None = None
