@@ -124,7 +124,7 @@ def _window(value: int, size: Size, node: dict[str, Any]) -> int:
 NARROW: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
     (re.compile(pattern), rule)
     for pattern, rule in (
-        (r"chunk_size_feed_forward$|type_vocab_size$", lambda value, size, node: value),
+        (r"chunk_size_feed_forward$|type_vocab_size$|patch_embed_hidden_size$", lambda value, size, node: value),
         (r"upsample_groups$", lambda value, size, node: min(value, size.hidden)),
         (r"mamba_(n|num)_heads$", lambda value, size, node: 8),
         (r"num_heads$", lambda value, size, node: 8 if _is_mamba(node) else min(value, size.heads)),

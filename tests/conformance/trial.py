@@ -117,7 +117,8 @@ def _mattering(model: PreTrainedModel) -> PreTrainedModel:
     """With random weights such that every layer, norm, bias and gate makes a difference, in evaluation mode."""
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point():
+            # Fixed tables of positions are computed anew where a model is loaded.
+            if parameter.is_floating_point() and parameter.requires_grad:
                 if parameter.dim() >= 2:
                     parameter.normal_(std=parameter[0].numel() ** -0.5)
                 else:

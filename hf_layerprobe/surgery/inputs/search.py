@@ -9,7 +9,7 @@ from itertools import islice
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import PruningError
 from .arguments import BATCH, TOKENS, argument, boxes, decisions, time_series
@@ -51,8 +51,12 @@ def example_inputs(model: PreTrainedModel, layers: Iterable[nn.Module] = ()) -> 
             tried.append(f"{_shapes(inputs)}: {ran} of {len(layers)} layers ran")
     raise PruningError(
         f"No inputs could be made for {type(model).__name__} on which it runs with all its layers, so a pruned model could "
-        f"not be compared with it; verify=False accepts it unchecked. Its arguments are {', '.join(_accepted(model))}. "
-        f"{len(tried)} forms of them were tried{': ' if tried else '.'}{'; '.join(tried[:2])}"
+        "not be compared with it; verify=False accepts it unchecked. "
+        + (
+            f"Tried {len(tried)} forms: {'; '.join(tried[:2])}"
+            if tried
+            else f"Its arguments: {', '.join(_accepted(model))}."
+        )
     )
 
 
@@ -97,7 +101,7 @@ def _candidates(model: PreTrainedModel, tried: list[str]) -> Iterator[Inputs]:
     forms = {
         modality: list(make(Sizes(config, "audio" if modality == "audio" else "image"), accepted, random))
         for modality, make in FORMS_OF.items()
-        if any(name in accepted for name in SIGNS[modality])
+        if any(name in accepted for name in SIGNS[modality]) and not _has_no_tower(config, modality)
     }
     forms = {modality: found for modality, found in forms.items() if found}
     text = _text(model, random) if "input_ids" in accepted else None
@@ -121,6 +125,11 @@ def _candidates(model: PreTrainedModel, tried: list[str]) -> Iterator[Inputs]:
             yield from complete(form)
     if not forms and text is None:
         yield from complete({})
+
+
+def _has_no_tower(config: PreTrainedConfig, modality: str) -> bool:
+    """Whether the model could have a tower for a modality and was made without."""
+    return getattr(config, "audio_config" if modality == "audio" else "vision_config", 0) is None
 
 
 def _fitting(model: PreTrainedModel, modality: str, forms: list[Inputs]) -> Iterator[tuple[Inputs, int]]:
@@ -169,6 +178,8 @@ def _completed(model: PreTrainedModel, inputs: Inputs, random: torch.Generator) 
         if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     ]  # fmt: skip
     wanted = [name for name in WANTED if name in parameters]
+    if "query_embeds" in parameters:  # a Q-Former reads nothing else
+        wanted.append("encoder_hidden_states")
     if not inputs and model.main_input_name in parameters:
         required.append(model.main_input_name)
     for name in dict.fromkeys((*required, *wanted)):
