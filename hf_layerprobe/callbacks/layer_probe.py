@@ -306,6 +306,7 @@ class LayerProbeCallback(TrainerCallback, ExportableState):
         if not self._activations:
             return []
         passes, found = self._watched.passes, []
+        passes.add_up()
         if passes.missed or not passes.seen:
             logger.warning(
                 f"{', '.join(self._activations)} are not logged: of {passes.seen + passes.missed} batches, {passes.missed} "

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from accelerate.state import GradientState
+from torch import distributed, nn
 from torch.utils.data import DataLoader
 
 from ..activations import LayerStream
+from ..activations.processes import add_up
 from ..scores.registry import Score
 from ..stacks import LayerStack
 
@@ -68,6 +70,7 @@ class Passes:
     ) -> None:
         if layer == 0 or self._latest is None:
             self._latest = copy.deepcopy(self._counted)  # a few numbers a layer
+        mask = _without_repeated(before, mask)
         for accumulator in self._latest.values():
             wanted = {site: sites[site] for site in getattr(accumulator, "sites", ())}
             accumulator.update(layer, before, after, mask, **wanted)
@@ -83,7 +86,17 @@ class Passes:
             self._counted, self._latest = self._latest, None
             self.seen += 1
 
+    def add_up(self) -> None:
+        """Adds what the other processes have counted; all of them have to call it, before `values`."""
+        if not _processes():
+            return
+        counts: list[Any] = [None] * _processes()
+        distributed.all_gather_object(counts, (self.seen, self.missed))
+        self.seen, self.missed = (sum(each) for each in zip(*counts, strict=True))
+        add_up(list(self._counted.values()))
+
     def values(self) -> dict[str, np.ndarray]:
+        """The scores of what has been counted, by all processes together."""
         return {name: score.read(self._counted[score.make])[0] for name, score in self.scores.items()}
 
 
@@ -114,6 +127,29 @@ def around(owner: Any, name: str, context: Callable[[], AbstractContextManager])
 
     setattr(owner, name, call)
     return undo
+
+
+def _processes() -> int:
+    """How many there are, if there are several."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 0
+    world = distributed.get_world_size()
+    return world if world > 1 else 0
+
+
+def _without_repeated(before: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask without the rows that accelerate repeats in the last batches, so that all processes have equally many."""
+    loader = GradientState().active_dataloader if _processes() else None
+    if loader is None or not loader.end_of_dataloader or loader.remainder <= 0:
+        return mask
+    # Of the last batches of all processes, one below the other, the first `remainder` rows are those of the data.
+    rows = len(before)
+    own = min(max(loader.remainder - distributed.get_rank() * rows, 0), rows)
+    if own == rows:
+        return mask
+    mask = torch.ones(before.shape[:2], dtype=torch.bool, device=before.device) if mask is None else mask.clone()
+    mask[own:] = False
+    return mask
 
 
 def _is_compiled(module: nn.Module) -> bool:
