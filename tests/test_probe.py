@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from test_activation_scores import FakeTokenizer
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 import hf_layerprobe
 from hf_layerprobe import LayerProbe, avss, docs, find_stacks, score_layers
@@ -99,3 +99,98 @@ def test_trainer_accepts_an_attached_model(tmp_path):
 def test_the_public_names():
     for name in hf_layerprobe.__all__:
         assert getattr(hf_layerprobe, name) is not None
+
+
+def same(one, other, **inputs):
+    inputs = inputs or {"input_ids": IDS}
+    with torch.no_grad():
+        torch.testing.assert_close(one(**inputs).logits, other(**inputs).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("compiled", ["a wrapper", "in place"])
+def test_compiled_side_by_side(compiled):
+    """The methods stay, and work on what is compiled."""
+    torch._dynamo.reset()
+    plain, probed = tiny_model("llama"), attached()
+    if compiled == "in place":
+        plain.compile(backend="eager")
+        probed.compile(backend="eager")
+        same(plain, probed)
+        assert isinstance(probed, LayerProbe)
+    else:
+        wrapped = torch.compile(probed, backend="eager")
+        same(torch.compile(plain, backend="eager"), wrapped)
+        assert wrapped.docs(kinds=["q"]).kinds == ("q",)
+    torch._dynamo.reset()
+
+
+def test_a_state_dict_fits_both_ways():
+    plain, probed = tiny_model("llama", seed=1), attached()
+    assert plain.state_dict().keys() == probed.state_dict().keys()
+    assert probed.load_state_dict(plain.state_dict()).missing_keys == []
+    same(plain, probed)
+    assert isinstance(probed, LayerProbe) and not isinstance(plain, LayerProbe)
+
+
+def test_generate_side_by_side():
+    plain, probed = tiny_model("llama"), attached()
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(plain.generate(IDS, **options), probed.generate(IDS, **options))
+    mixed = MyModel(FAMILIES["llama"][1]()).eval()
+    mixed.load_state_dict(plain.state_dict())
+    assert torch.equal(plain.generate(IDS, **options), mixed.generate(IDS, **options))
+
+
+def test_pipelines_side_by_side():
+    tokenizer = tiny_tokenizer()
+    results = [
+        tf.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")(
+            "the quick brown", max_new_tokens=4, do_sample=False
+        )
+        for model in (tiny_model("llama"), attached())
+    ]
+    assert results[0] == results[1]
+
+
+def test_peft_side_by_side(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(0)
+    tuned = get_peft_model(attached(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    same(plain, tuned)
+    assert isinstance(tuned.base_model.model, LayerProbe)
+    merged = tuned.merge_and_unload()
+    assert isinstance(merged, LayerProbe) and type(LayerProbe.detach(merged)) is tf.LlamaForCausalLM
+
+
+def test_accelerate_side_by_side():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    plain, probed = tiny_model("llama"), attached()
+    prepared = [Accelerator(cpu=True, mixed_precision="bf16").prepare(model) for model in (plain, probed)]
+    same(*prepared)
+    assert isinstance(prepared[1], LayerProbe) and prepared[1].find_stacks()[0].path == "model.layers"
+    unwrapped = Accelerator(cpu=True).unwrap_model(prepared[1], keep_fp32_wrapper=False)
+    assert type(LayerProbe.detach(unwrapped)) is tf.LlamaForCausalLM
+    AcceleratorState._reset_state(reset_partial_state=True)  # which all tests share
+
+
+def test_from_pretrained_and_back(tmp_path):
+    """A mixin saves what its plain class loads, and the other way round."""
+    attached().save_pretrained(tmp_path / "attached")
+    mixed = MyModel.from_pretrained(tmp_path / "attached")
+    mixed.save_pretrained(tmp_path / "mixed")
+    plain = tf.LlamaForCausalLM.from_pretrained(tmp_path / "mixed")
+    same(tiny_model("llama"), plain)
+    same(mixed, plain)
+    assert type(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")) is tf.LlamaForCausalLM
+
+
+def test_copies_and_pickles_of_a_mixin():
+    model = MyModel(FAMILIES["llama"][1]()).eval()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin) is MyModel
+        same(twin, model)
