@@ -169,13 +169,14 @@ def test_accelerate_side_by_side():
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # which all tests share, before and after
     plain, probed = tiny_model("llama"), attached()
     prepared = [Accelerator(cpu=True, mixed_precision="bf16").prepare(model) for model in (plain, probed)]
     same(*prepared)
     assert isinstance(prepared[1], LayerProbe) and prepared[1].find_stacks()[0].path == "model.layers"
     unwrapped = Accelerator(cpu=True).unwrap_model(prepared[1], keep_fp32_wrapper=False)
     assert type(LayerProbe.detach(unwrapped)) is tf.LlamaForCausalLM
-    AcceleratorState._reset_state(reset_partial_state=True)  # which all tests share
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_from_pretrained_and_back(tmp_path):
