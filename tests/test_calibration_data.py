@@ -190,8 +190,9 @@ def test_every_module_keeps_its_mode(fails):
     model.model.layers[1].eval()
     before = [module.training for module in model.modules()]
     if fails:
-        with pytest.raises(IndexError):
-            run_pass(find_stacks(model)[0], [], [{"input_ids": torch.tensor([[10_000]])}])
+        model.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_pass(find_stacks(model)[0], [], [{"input_ids": torch.tensor([[1]])}])
     else:
         avss(model, TEXTS, tokenizer=tiny_tokenizer())
         eavss(model, PAIRS, tiny_tokenizer())

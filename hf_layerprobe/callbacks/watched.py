@@ -15,6 +15,7 @@ from ..scores.bounded import TimeSlice
 from ..scores.drift import Start, save_start, start_of
 from ..scores.registry import Score
 from ..stacks import LayerStack, find_stacks, resolve_stack
+from ..stacks.adapters import base_of
 from ..weights import LiveWeights, is_sharded
 from .measurement import Measurement
 from .passes import Passes
@@ -86,7 +87,7 @@ class WatchedModel:
                 logger.warning_once(f"Scores of weights are not logged: {error}")
 
     def is_of(self, model: nn.Module) -> bool:
-        now = self.stack.layers if self.stack.model is model else ()
+        now = self.stack.layers if self.stack.model is base_of(model) else ()
         return len(now) == len(self._present) and all(a is b for a, b in zip(now, self._present, strict=True))
 
     def shares_layers(self, other: WatchedModel) -> bool:
