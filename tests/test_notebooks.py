@@ -7,20 +7,32 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+FOLDER = Path(__file__).parents[1] / "notebooks"
+# What each has to print, as patterns.
+PRINTED = {
+    "quickstart.ipynb": (
+        "wreck the model.*avss-published",
+        r"perplexity [\d.]+ -> [\d.]+, parameters 135 M -> 110 M",
+    ),
+    "hallucination.ipynb": (
+        "TruthfulQA is left out",
+        r"Layers that stand out: \{'summaries': \[[\d, ]*\], 'summaries, half of them swapped': \[[\d, ]*\]\}",
+    ),
+}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_a_notebook_runs(path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", PRINTED)
+def test_a_notebook_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("LAYERPROBE_QUICK", "1")
-    notebook = nbformat.read(path, as_version=4)
+    monkeypatch.delenv("LAYERPROBE_TRUTHFULQA", raising=False)
+    notebook = nbformat.read(FOLDER / name, as_version=4)
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     text = "".join(
         output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
     )
-    assert "wreck the model" in text and "avss-published" in text
-    assert re.search(r"perplexity [\d.]+ -> [\d.]+, parameters 135 M -> 110 M", text)
+    for pattern in PRINTED[name]:
+        assert re.search(pattern, text)
 
 
-def test_there_is_a_notebook():
-    assert NOTEBOOKS
+def test_every_notebook_is_run():
+    assert sorted(path.name for path in FOLDER.glob("*.ipynb")) == sorted(PRINTED)
