@@ -426,3 +426,13 @@ def test_packed_tensors_belong_to_the_stack_beside_them():
     pruned = prune_layers(model, keep={vision.path: [0, 1, 2, 3], text.path: [1, 2, 4, 5]}, verify=False)
     new = pruned.model.language_model.embed_tokens_per_layer.weight.unflatten(1, (4, 8))
     assert torch.equal(new, old[:, [1, 2, 4, 5]])
+
+
+def test_the_number_of_layers_told_to_each_is_no_difference():
+    config = tf.MiniMaxConfig(
+        **{**GQA, "num_hidden_layers": 3}, head_dim=8, num_local_experts=2, block_size=8,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    )  # fmt: skip
+    model = on_meta(lambda: tf.MiniMaxForCausalLM(config))
+    assert model.model.layers[0].self_attn.num_hidden_layers == 3
+    find_stacks(model)[0].check([1, 2])

@@ -16,8 +16,6 @@ from torch import nn
 INDEX = re.compile(r"(^|_)(layer|block)_?(idx|id|index|number|num)$|^idx$|^index$")
 # Dropout, stochastic depth and seeds of random masks, which often change with depth; without effect after training.
 DROPOUT = re.compile(r"drop|prob|^seed$")
-# The number of all layers, told to each.
-COUNT = re.compile(r"^(num|n)_(hidden_)?layers?$")
 
 Kind = dict[str, Hashable]
 
@@ -59,17 +57,23 @@ def _scalars(module: nn.Module) -> Kind:
         if (value is None or isinstance(value, (bool, int, float, str)))
         and not key.startswith("_")
         and key != "training"
-        and not any(pattern.search(key) for pattern in (INDEX, DROPOUT, COUNT))
+        and not any(pattern.search(key) for pattern in (INDEX, DROPOUT))
     }
 
 
-def differing(old: Sequence[Kind], new: Sequence[Kind]) -> list[str]:
-    """What differs between any layer and the one that takes its place, by name."""
+def differing(old: Sequence[Kind], new: Sequence[Kind], num_layers: int) -> list[str]:
+    """What differs between any of `num_layers` layers and the one that takes its place, by name."""
     keys: dict[str, None] = {}
     for before, after in zip(old, new, strict=True):
         if before != after:
             keys.update(dict.fromkeys(key for key in before | after if before.get(key) != after.get(key)))
-    return list(keys)
+    return [key for key in keys if not (_is_count(key, old, num_layers) and _is_count(key, new, len(new)))]
+
+
+def _is_count(key: str, kinds: Sequence[Kind], number: int) -> bool:
+    """Whether the layers that have something under this name are told the number of layers."""
+    values = [kind[key] for kind in kinds if key in kind]
+    return all(type(value) is int and value == number for value in values)
 
 
 def describe_rule(kinds: Sequence[Hashable]) -> str:

@@ -43,7 +43,7 @@ class Rescue:
 
     def unsolved(self) -> list[str]:
         """Enters what can be rescued, and returns what still differs between a kept layer and its new place."""
-        changed = differing([self.before[i] for i in self.keep], self.now)
+        changed = differing([self.before[i] for i in self.keep], self.now, len(self.before))
         return [key for key in changed if not (self._moved(key) or self._zero(key) or self._folded(key))]
 
     def _moved(self, key: str) -> bool:
