@@ -170,6 +170,8 @@ def test_prune_and_repair_in_one_call(tmp_path):
     stored = PruningPlan.load(tmp_path / "model")
     assert stored.remove == plan.remove and stored.repair["kept"] and stored.repair["method"] == "closed-form"
     assert json.loads((tmp_path / "model" / "pruning_plan.json").read_text())["repair"]["settings"]["max_length"] == 512
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "`transformer.h` was repaired (`closed-form`)" in card and "Nothing was trained" not in card
 
 
 def test_repair_from_texts():

@@ -144,6 +144,7 @@ def _render(
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
         repo_id=repo_id,
         parts=plan.parts,
+        repaired=[part for part in plan.parts if part.repair.get("kept")],
         rules=[_rule(part) for part in plan.parts],
         adapters=sorted(path.name for path in (folder / "adapters").glob("*")),
         checksum=plan.checksum(),
