@@ -82,6 +82,19 @@ def test_the_best_block(six):
     assert found.removed == min(((i, i + 1) for i in range(5)), key=wanted.get)
 
 
+def test_few_blocks_are_measured_in_full(six, monkeypatch):
+    stack, wanted = six
+    data = batches()
+    start = [{name: value[:1, :8] for name, value in data[0].items()}]
+    look = SetLosses(stack, start).measure([(i, i + 1) for i in range(5)])
+    monkeypatch.setattr("hf_layerprobe.search.rules.BLOCKS", 2)
+    monkeypatch.setattr("hf_layerprobe.search.rules.LOOK_TOKENS", 8)
+    losses = SetLosses(stack, data)
+    found = contiguous(losses, 2, any_set)
+    assert set(losses.known) == set(sorted(look, key=look.get)[:2])
+    assert found.removed == min(losses.known, key=wanted.get)
+
+
 def test_greedy_takes_the_best_next_layer(six):
     stack, wanted = six
     losses = SetLosses(stack, batches())

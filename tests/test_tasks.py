@@ -99,6 +99,16 @@ def test_labels_share_one_pass(models):
     assert by_index == by_text == by_truth
 
 
+def test_a_known_baseline_is_not_measured_again(models):
+    dense, pruned = models
+    options = dict(tokenizer=tiny_tokenizer(), name="mine", **COLUMNS)
+    known = evaluate_choices(dense, ROWS, **options).after
+    found = evaluate_choices(pruned, ROWS, baseline=known, **options)
+    assert found.to_dict() == evaluate_choices(pruned, ROWS, baseline=dense, **options).to_dict()
+    with pytest.raises(LayerProbeError, match="acc of 'mine' on 24 items, and this is acc of 'mine' on 20"):
+        evaluate_choices(pruned, ROWS[:20], baseline=known, **options)
+
+
 def test_a_long_prompt_is_cut_on_the_left(models):
     row = {"goal": "x" * 50 + "what is it", "options": [" a", " b"], "label": 0}
     model, tokenizer = models[0], tiny_tokenizer()

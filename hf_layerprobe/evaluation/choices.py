@@ -29,7 +29,7 @@ def evaluate_choices(
     choices: str | Sequence[str] | Callable[[Row], Sequence[str]],
     answer: str | Callable[[Row], Any],
     per_byte: bool = False,
-    baseline: PreTrainedModel | None = None,
+    baseline: PreTrainedModel | TaskResult | None = None,
     name: str = "choices",
     max_length: int = 512,
     batch_size: int = 8,
@@ -51,7 +51,7 @@ def evaluate_choices(
             first), or its text.
         per_byte: Compare likelihoods per UTF-8 byte of the choice, which does not favour short ones (`acc_bytes` of
             lm-evaluation-harness); for choices of one length, or labels, take the plain one.
-        baseline: The model before pruning.
+        baseline: The model before pruning, or its result on the same data (`TaskComparison.after`).
         name: What the task is called in the result.
         max_length: Tokens a prompt with its choice; no more than the positions that the model has.
         batch_size: Sequences a batch.
@@ -62,16 +62,23 @@ def evaluate_choices(
 
     Raises:
         LayerProbeError: No rows, a column that is missing, choices or answers of an unknown form, a choice that is empty
-            or longer than `max_length`, or a model that does not predict the next token.
+            or longer than `max_length`, a baseline's result on other data, or a model that does not predict the next token.
     """
     if tokenizer is None:
         raise LayerProbeError("evaluate_choices measures on text, so it needs tokenizer=.")
     check_positive(max_length=max_length, batch_size=batch_size)
-    models = [model] if baseline is None else [model, baseline]
+    models = [model] if baseline is None or isinstance(baseline, TaskResult) else [model, baseline]
     max_length = min(longest(each, max_length) for each in models)
     items = [_item(row, number, prompt, choices, answer) for number, row in enumerate(_rows(data))]
     if not items:
         raise LayerProbeError("The data has no row to evaluate on.")
+    metric = "acc_bytes" if per_byte else "acc"
+    known = [baseline] if isinstance(baseline, TaskResult) else []
+    if any((each.task, each.metric, each.items) != (name, metric, len(items)) for each in known):
+        raise LayerProbeError(
+            f"The baseline is {baseline.metric} of {baseline.task!r} on {baseline.items} items, and this is {metric} of "
+            f"{name!r} on {len(items)}; evaluate it on the same."
+        )
     for each in models:
         check_causal(each)
     requests = [_request(tokenizer, context, each, max_length) for context, options, _ in items for each in options]
@@ -84,8 +91,8 @@ def evaluate_choices(
         found = losses(each, requests, batch_size=batch_size, desc=name) / sizes
         chosen = np.array([np.argmin(group) for group in np.split(found, ends)])
         correct = (chosen == right).astype(float)
-        results.append(TaskResult.mean(name, "acc_bytes" if per_byte else "acc", correct, chance=chance))
-    return TaskComparison(*results)
+        results.append(TaskResult.mean(name, metric, correct, chance=chance))
+    return TaskComparison(*results, *known)
 
 
 def _rows(data: Any) -> Iterable[Row]:

@@ -85,6 +85,13 @@ class SetLosses:
             self._save()
         return {each: self.known[each] for each in wanted if each in self.known}
 
+    def first_look(self, tokens: int) -> SetLosses:
+        """The same on the first tokens of the first sequence only, to tell which sets are worth measuring."""
+        start = {name: value[:1, :tokens] for name, value in self.batches[0].items()}
+        look = SetLosses(self.stack, [start] if (_labels(start) != IGNORED).any() else self.batches)
+        look.deadline, look._stepwise = self.deadline, self._stepwise
+        return look
+
     def _measure(self, sets: list[Removed], desc: str) -> None:
         total = self.stack.num_layers
         # Those that agree longest from the first layer on come next to each other.
