@@ -325,6 +325,25 @@ def test_the_layer_of_a_block_that_halves_the_sequence_stays():
     assert refused.value.nearest[0] == (0, 2)
 
 
+def informer(**options):
+    config = tf.InformerConfig(
+        prediction_length=8, context_length=32, d_model=16, encoder_layers=3, decoder_layers=4, encoder_ffn_dim=24,
+        decoder_ffn_dim=24, **options,
+    )  # fmt: skip
+    return redrawn(tf.InformerModel(config))
+
+
+def test_convolutions_between_layers_keep_their_places():
+    """Informer's list of them ends with None; its attention samples keys at random, the same whatever was removed."""
+    model = informer()
+    assert [stack.path for stack in find_stacks(model)] == ["encoder.layers", "decoder.layers"]
+    with pytest.raises(PruningError, match="a convolution that halves the sequence stands between") as refused:
+        prune_layers(model, remove=[1])
+    assert refused.value.nearest == ()
+    assert len(prune_layers(model, remove=[0, 2], stack="decoder.layers").decoder.layers) == 2
+    assert len(prune_layers(informer(distil=False), remove=[0]).encoder.layers) == 2
+
+
 @pytest.mark.parametrize("layers, blocks", [([0], 3), ([4], 2), ([1, 5], 2)])
 def test_the_layers_that_read_queries_stay_the_last(layers, blocks):
     model = eomt()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conformance.compare import difference
+from conformance.compare import difference, entries_of_kept
 from conformance.tiny_config import tiny_configs
 from conformance.trial import try_type
 from conformance.types import model_types
@@ -10,11 +10,11 @@ from tiny import tiny_model
 
 # Every way in which architectures differ: heads, modalities, hybrids, experts, rules of position, old and new code.
 REPRESENTATIVE = """
-    albert audio-spectrogram-transformer bamba bart beit bert bloom canine clip cohere2 deberta-v2 deepseek_v3 diffllama
-    dinov2 distilbert electra falcon fsmt gemma2 gemma3_text gemma4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj
-    idefics3 jamba layoutlm llama llama4_text llava longformer mamba2 marian minicpm3 mistral mixtral modernbert
-    nemotron_h olmo2 openai-gpt opt patchtst phi3 pix2struct qwen2 qwen2_moe qwen3 qwen3_next roberta smollm3 swin t5
-    videomae vit wav2vec2 whisper xlm
+    albert audio-spectrogram-transformer bamba bart beit bert bloom canine clip cohere2 colqwen2 csm deberta-v2 deepseek_v3
+    detr dia diffllama dinov2 falcon fsmt fuyu gemma2 gemma3_text gemma4 gpt2 gpt_neo gpt_neox gpt_oss granite_speech
+    granitemoehybrid idefics3 jamba layoutlm llama llama4_text llava longformer mamba2 minicpm3 mistral mixtral modernbert
+    musicflamingo nemotron_h openai-gpt opt patchtst phi3 pix2struct qwen2_moe qwen3 qwen3_next smollm3 swin t5 videomae vit
+    wav2vec2 whisper xlm
 """.split()  # noqa: SIM905
 TYPES = [name for name in REPRESENTATIVE if name in model_types()]
 
@@ -41,6 +41,15 @@ def test_the_comparison_sees_what_differs():
     infinite = {"logits": torch.full_like(before["logits"], torch.inf)}
     for other in ({}, {**before, "more": before["logits"]}, {"logits": before["logits"][:, :2]}, infinite):
         assert difference(before, other) == float("inf")
+
+
+def test_predictions_of_every_layer_are_compared_without_those_of_removed_ones():
+    six, logits = torch.randn(2, 6, 5), torch.randn(2, 6)
+    expected, found = {"every": six, "last": logits}, {"every": six[:, [1, 2, 4]], "last": logits}
+    assert difference(entries_of_kept(expected, found, 6, (0, 3, 5)), found) == 0
+    assert difference(entries_of_kept(expected, found, 6, (0, 3, 4)), found) > 0.1
+    cut = {**found, "last": logits[:, :2]}  # not by as many as there are removed layers
+    assert difference(entries_of_kept(expected, cut, 6, (0, 3, 5)), cut) == float("inf")
 
 
 def test_a_tiny_config_is_tiny_and_whole():

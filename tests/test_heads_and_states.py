@@ -145,6 +145,37 @@ def test_a_class_of_the_user(tmp_path):
     assert torch.equal(reloaded.verdict.weight, model.verdict.weight)
 
 
+class Choosy(tf.LlamaForCausalLM):
+    """Says of some tokens that they are not to be chosen."""
+
+    def forward(self, input_ids=None, attention_mask=None, **options):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **options)
+        output.logits[..., 5:9] = -torch.inf
+        return output
+
+
+def test_what_is_not_to_be_chosen():
+    model = redrawn(Choosy(FAMILIES["llama"][1]()))
+    assert len(prune_layers(model, remove=[1]).model.layers) == 3
+
+
+def test_a_table_that_has_grown_in_use():
+    config = tf.M2M100Config(
+        vocab_size=64, d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=16,
+    )  # fmt: skip
+    model = redrawn(tf.M2M100ForConditionalGeneration(config))
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids, decoder_input_ids=ids).logits
+    assert len(model.model.encoder.embed_positions.weights) > 40 > 16 + 2
+    pruned = prune_layers(model, remove=[1])
+    with torch.no_grad(), bypassed(find_stacks(model)[0], [1]):
+        expected = model(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(pruned(input_ids=ids, decoder_input_ids=ids).logits, expected)
+    assert not torch.allclose(before, expected)
+
+
 CODE = """
     import torch
     from torch import nn
@@ -220,9 +251,9 @@ MEMORY = """
 
 
 def test_memory_beside_the_original(tmp_path):
-    """Checked and saved, at most the kept tensors; a fifth more for what the process takes to run."""
+    """Checked and saved, at most the kept tensors; a tenth more for what the process takes to run."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path)], capture_output=True, text=True, check=True
     )
     extra, kept = map(float, done.stdout.split())
-    assert extra < 1.2 * kept
+    assert extra < 1.1 * kept

@@ -168,16 +168,23 @@ def _check_producers(path: str, keep: Sequence[int], changed: list[str], before:
                 )
 
 
-def check_tensors(original: PreTrainedModel, edit: StackEdit) -> None:
+def check_tensors(original: PreTrainedModel, edit: StackEdit, *, has_run: bool = False) -> None:
     """Every tensor of the new model has its counterpart in the original, and none of a kept part is left over.
+
+    Args:
+        original: The model, or one that was built from its config.
+        edit: What is to become of it.
+        has_run: Buffers that are not saved may have grown since: tables of positions do, for a longer text.
 
     Raises:
         Refusal: Names those that have not.
     """
     old = {name: tuple(tensor.shape) for name, tensor in tensors(original)}
     new = {name: (edit.source(name), tuple(tensor.shape)) for name, tensor in tensors(edit.model)}
-    problems = []
+    problems, unsaved = [], set(_unsaved_buffers(original))
     for name, (source, shape) in new.items():
+        if has_run and source in unsaved:
+            continue
         if source in old and old[source] != shape:
             edit.computed |= _repacked(edit, source, shape, old[source])
         if name in edit.computed:
@@ -187,7 +194,7 @@ def check_tensors(original: PreTrainedModel, edit: StackEdit) -> None:
         elif old[source] != shape:
             problems.append(f"{source} is {old[source]} in the original, {shape} in the pruned model")
     # What is not saved is computed from the config (a table for one kind of layer that is gone), so it may go too.
-    used = {source for source, _ in new.values()} | set(_unsaved_buffers(original))
+    used = {source for source, _ in new.values()} | unsaved
     problems += [
         f"{name} has no place in the pruned model" for name in old if name not in used and not edit.is_dropped(name)
     ]

@@ -168,7 +168,9 @@ def _stage_sizes(model: nn.Module) -> set[tuple[int, ...]]:
 
 def _are_stages(modules: nn.ModuleList, stage_sizes: set[tuple[int, ...]]) -> bool:
     """Whether a list holds stages, each with a list of layers of the length that the config gives it."""
-    inner = [[len(each) for each in stage.children() if isinstance(each, nn.ModuleList)] for stage in modules]
+    # An entry may be None: Informer has no convolution after its last layer.
+    stages = [stage.children() if stage is not None else () for stage in modules]
+    inner = [[len(each) for each in children if isinstance(each, nn.ModuleList)] for children in stages]
     return any(
         len(sizes) == len(inner) and all(size in lengths for size, lengths in zip(sizes, inner, strict=True))
         for sizes in stage_sizes
@@ -176,7 +178,7 @@ def _are_stages(modules: nn.ModuleList, stage_sizes: set[tuple[int, ...]]) -> bo
 
 
 def _is_stack(layers: nn.Module) -> bool:
-    if len(layers) < 2 or any(type(layer).__module__.startswith("torch.nn") for layer in layers):
+    if len(layers) < 2 or any(layer is None or type(layer).__module__.startswith("torch.nn") for layer in layers):
         return False
     one_family = len({type(layer) for layer in layers}) == 1 or all(
         isinstance(layer, GradientCheckpointingLayer) for layer in layers

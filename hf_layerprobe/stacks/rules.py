@@ -93,6 +93,16 @@ def _only_the_last(_model, path: str, num_layers: int, keep: Sequence[int]) -> N
         )
 
 
+def _halved_between(model: PreTrainedModel, path: str, num_layers: int, _keep: Sequence[int]) -> None:
+    """Informer: behind every encoder layer but the last stands a convolution, in a list of its own."""
+    if model.config.distil:
+        raise Refusal(
+            f"a convolution that halves the sequence stands between any two layers of {path!r} (distil=True), so none can go "
+            "without another length for all behind it",
+            needs=[{i} for i in range(num_layers)],
+        )
+
+
 def _first_pools(_model, path: str, _num_layers: int, keep: Sequence[int]) -> None:
     if not path.endswith(("blocks.0", "decoder.layers")) and keep[0] != 0:
         raise Refusal(f"the first layer of {path!r} halves the sequence, so it must stay", needs=[{0}])
@@ -130,6 +140,7 @@ RULES: dict[str, Callable[[PreTrainedModel, str, int, Sequence[int]], None]] = {
     "PPDocLayoutV3DecoderLayer": _only_the_last,
     "DabDetrDecoderLayer": _only_the_last,
     "FunnelLayer": _first_pools,
+    "InformerEncoderLayer": _halved_between,
     "BridgeTowerTextLayer": _paired_with_fusion,
     "BridgeTowerResidualAttention": _paired_with_fusion,
     "SamHQVisionLayer": _global_layers_are_read,

@@ -34,7 +34,7 @@ def build_pruned(stacks: Mapping[LayerStack, Sequence[int]]) -> PreTrainedModel:
     original = next(iter(stacks)).model
     edit = expressible(stacks)
     try:
-        check_tensors(original, edit)
+        check_tensors(original, edit, has_run=True)
     except Refusal as refusal:
         raise PruningError(
             f"{type(original).__name__} is not the model that its own config describes, so it cannot be built from an edited "

@@ -55,11 +55,12 @@ def difference(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
 
 
 def largest_difference(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """Largest |difference| / max(1, largest |expected|)."""
+    """Largest |difference| / max(1, largest |expected|); what is infinite in both is equal."""
     if not expected.numel():
         return 0.0
-    scale = expected.float().abs().max().clamp_min(1)
-    return ((expected.float() - found.float()).abs().max() / scale).item()
+    expected, found = expected.float(), found.float()
+    scale = expected.masked_fill(expected.isinf(), 0).abs().max().clamp_min(1)
+    return ((expected - found).masked_fill(expected == found, 0).abs().max() / scale).item()
 
 
 def _selected(expected: torch.Tensor, found: torch.Tensor, kept: Kept) -> torch.Tensor:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4
@@ -33,6 +34,10 @@ def without(lists: Sequence[nn.ModuleList], removed: Sequence[int]) -> Iterator[
         for layers in lists
         for i in removed
     ]
+    states: list[torch.Tensor] = []
+    for i in removed:  # what a missing layer would draw at random is there for the next one
+        handles.append(lists[0][i].register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state())))
+        handles.append(lists[0][i].register_forward_hook(lambda *_: torch.set_rng_state(states.pop())))
     try:
         yield
     finally:
@@ -45,10 +50,15 @@ def _unchanged(module: nn.Module, args: tuple, kwargs: dict, output):
     if isinstance(output, torch.Tensor):
         assert output.shape == given[0].shape, "not a layer that adds to a stream"
         return given[0]
-    parts = list(output)
-    assert isinstance(parts[0], torch.Tensor) and parts[0].shape == given[0].shape, "not a layer that adds to a stream"
-    parts[0] = given[0]
-    return type(output)(parts) if isinstance(output, list) else tuple(parts)
+    flat, build = tree_flatten(output)
+    for k, part in enumerate(flat):
+        # The first stream, and others beside it (the layout in LiLT, the image in LXMERT): never attention maps.
+        if isinstance(part, torch.Tensor) and (k == 0 or part.dim() == 3):
+            like = next((n for n, each in enumerate(given) if each.shape == part.shape and (k or n == 0)), None)
+            assert k or like == 0, "not a layer that adds to a stream"
+            if like is not None:
+                flat[k] = given.pop(like)
+    return tree_unflatten(flat, build)
 
 
 def _nothing(module: nn.Module, args: tuple, kwargs: dict, output):
@@ -74,6 +84,20 @@ def _tensors(output, place: str) -> Iterator[tuple[str, torch.Tensor]]:
         # Lists with one entry for each layer are shorter in a smaller model, so their entries say nothing.
         for i, value in enumerate(output):
             yield from _tensors(value, f"{place}[{i} of {len(output)}]")
+
+
+def entries_of_kept(
+    expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], total: int, removed: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """The original's outputs where those with an entry for each layer (the predictions of a DETR) lack the removed ones'."""
+    kept = [i for i in range(total) if i not in removed]
+    chosen = dict(expected)
+    for name in expected.keys() & found.keys():
+        before, after = expected[name].shape, found[name].shape
+        other = [dim for dim, sizes in enumerate(zip(before, after, strict=False)) if sizes[0] != sizes[1]]
+        if len(before) == len(after) and len(other) == 1 and (before[other[0]], after[other[0]]) == (total, len(kept)):
+            chosen[name] = expected[name].index_select(other[0], torch.tensor(kept))
+    return chosen
 
 
 def difference(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> float:

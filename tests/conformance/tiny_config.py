@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -75,10 +76,16 @@ def _at_most(limit: int) -> Rule:
 
 
 def _wide(value: int, size: Size, node: dict[str, Any]) -> int:
-    width = node.get("hidden_size")
+    width = node.get("hidden_size") if "pixel_shuffle_ratio" not in node else None
     if width and value > width and value % width == 0:  # several layers' outputs side by side
         return value // width * size.hidden
     return size.hidden if value >= 40 else value
+
+
+def _inner(value: int, size: Size, node: dict[str, Any]) -> int:
+    if "pixel_shuffle_ratio" in node:  # neighbours side by side
+        return int(size.hidden / node["pixel_shuffle_ratio"] ** 2)
+    return 2 * size.hidden if value >= 64 else value
 
 
 def _is_mamba(node: dict[str, Any]) -> bool:
@@ -116,7 +123,7 @@ def _image_size(value: int, size: Size, node: dict[str, Any]) -> int:
 
 
 def _window(value: int, size: Size, node: dict[str, Any]) -> int:
-    spatial = ("depths", "fullatt_block_indexes", "spatial_merge_size", "embed_dim_per_stage")
+    spatial = ("depths", "fullatt_block_indexes", "spatial_merge_size", "embed_dim_per_stage", "downsample_rate")
     return value if any(name in node for name in spatial) else min(value, 4)
 
 
@@ -125,6 +132,7 @@ NARROW: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
     (re.compile(pattern), rule)
     for pattern, rule in (
         (r"chunk_size_feed_forward$|type_vocab_size$|patch_embed_hidden_size$", lambda value, size, node: value),
+        (r"backbone_hidden_size$", lambda value, size, node: size.hidden),
         (r"upsample_groups$", lambda value, size, node: min(value, size.hidden)),
         (r"mamba_(n|num)_heads$", lambda value, size, node: 8),
         (r"num_heads$", lambda value, size, node: 8 if _is_mamba(node) else min(value, size.heads)),
@@ -144,9 +152,11 @@ NARROW: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         (r"(qk|v)_head_dim$|(kv|q|o)_lora_rank$", _at_most(16)),
         (r"head_dim$|attention_head_size|d_kv$|dim_head$|head_size$|kv_channels$|rotary_dim$|d_head$", _head_dim),
         (r"hidden_size_per_layer_input$", _at_most(8)),
+        (r"projection_dim$", lambda value, size, node: size.hidden if value >= 40 else value),
         (r"(d_latents|(.*_)?hidden_size|(.*_)?d_model|n_embd|(.*_)?embed_dim|emb_dim|dim|model_dim|hidden_dim"
          r"|(.*_)?embedding_size|word_embed_proj_dim|d_embed|width|hidden_channels|(.*_)?embedding_dim|lru_width"
-         r"|hidden_width|projection_dim|(.*_)?output_dim|qformer.*hidden.*)$", _wide),
+         r"|hidden_width|(.*_)?output_dim|qformer.*hidden.*)$", _wide),
+        (r"intermediate_size$", _inner),
         (r".*(intermediate_size|ffn_dim|mlp_dim|d_ff|n_inner|d_inner|ffn_hidden_size|feedforward_dim|ffn_size|linear_units"
          r"|shared_intermediate)", lambda value, size, node: 2 * size.hidden if value >= 64 else value),
         (r".*(sliding_window$|sliding_window_size|attention_window|local_attention|attention_chunk_size)|window_size$",
@@ -155,7 +165,7 @@ NARROW: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         (r"image_size$", _image_size),
         (r"mm_tokens_per_image$|vision_soft_tokens_per_image$", _at_most(4)),
         (r"query_pre_attn_scalar$", lambda value, size, node: size.hidden // size.heads),
-        (r".*(codebook_size|num_embeddings|codebook_dim)", _at_most(64)),
+        (r".*(codebook_size|num_embeddings|codebook_dim|vector_quantization_hidden_dimension)", _at_most(64)),
     )
 )  # fmt: skip
 LAYERS_ONLY = tuple(
@@ -168,7 +178,7 @@ LAYERS_ONLY = tuple(
 )
 # Values of fields that are None by default where the model cannot be built without.
 FILLINGS = dict(
-    prediction_length=8, sliding_window=4, top_k_experts=2, num_local_experts=4, num_routed_experts=4, vocab_size=100,
+    prediction_length=16, pad_token_id=0, mask_token_id=4, sliding_window=4, top_k_experts=2, num_local_experts=4, num_routed_experts=4, vocab_size=100,
     vocabulary_map={"<image>": 5, "IMGIMGAZ": 6, "<|visual token 000000|>": 7}, attn_layer_indices=[1, 4],
     indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=2,
     num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, linear_num_key_heads=4,
@@ -176,6 +186,9 @@ FILLINGS = dict(
     topk_group=1, n_group=1, n_routed_experts=4, n_shared_experts=1, num_experts=4, routed_scaling_factor=1.0,
     image_token_index=5, image_token_id=5, audio_token_id=6, moe_intermediate_size=64, first_k_dense_replace=1, layer_types=["full_attention"] * LAYERS,
 )  # fmt: skip
+RESNET = dict(
+    model_type="resnet", embedding_size=16, hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 1, 1], layer_type="basic"
+)
 DERIVED = ("transformers_version", "_name_or_path", "id2label", "label2id", "per_layer_config", "stage_names")
 
 
@@ -185,13 +198,18 @@ def tiny_configs(config_class: type[PreTrainedConfig]) -> Iterator[PreTrainedCon
         defaults = config_class().to_dict()
     except Exception:  # configs that need other configs
         return
+    seen = set()
     for size in SIZES:
         try:
             fields = _tiny(defaults, size, {})
             fields.pop("model_type", None)  # those of nodes inside say which class they are
-            yield config_class(**fields)
+            config = config_class(**fields)
+            content = config.to_json_string(use_diff=False)
         except Exception:  # whatever its validation raises
             continue
+        if content not in seen:
+            seen.add(content)
+            yield config
 
 
 def _tiny(node: dict[str, Any], size: Size, tokens: dict[str, int]) -> dict[str, Any]:
@@ -218,7 +236,7 @@ def _tiny(node: dict[str, Any], size: Size, tokens: dict[str, int]) -> dict[str,
 
 
 def _is_count(name: str, value: Any) -> bool:
-    return type(value) is int and bool(COUNT.match(name)) and not OTHER_COUNT.search(name)
+    return type(value) is int and bool(COUNT.match(str(name))) and not OTHER_COUNT.search(name)
 
 
 def _tiny_int(name: str, value: int, size: Size, node: dict[str, Any], tokens: dict[str, int]) -> int:
@@ -228,7 +246,7 @@ def _tiny_int(name: str, value: int, size: Size, node: dict[str, Any], tokens: d
         return value if value < 0 else TOKENS.get(key) or tokens.setdefault(key, 5 + len(tokens)) * (key not in TOKENS)
     if _is_count(name, value) and 2 <= value <= 400:
         return LAYERS
-    text = "vocab_size" in name or re.match(r"(d_model|hidden_dim|(de|en)coder_.*)$", name)
+    text = "vocab_size" in name or re.match(r"(d_model|hidden_dim|projection_dim|(de|en)coder_.*)$", name)
     if any(stage in node for stage in STAGES) and not text:
         return value
     if VOCABULARIES.search(name) and name != "type_vocab_size":
@@ -242,8 +260,12 @@ def _tiny_int(name: str, value: int, size: Size, node: dict[str, Any], tokens: d
 
 
 def _tiny_dict(name: str, value: dict, size: Size, node: dict[str, Any], tokens: dict[str, int]) -> dict:
+    if value.get("model_type") == "timm_backbone":  # of another library
+        return {**RESNET, "out_indices": value["out_indices"]}
     if "model_type" in value or any(key == "hidden_size" or _is_count(key, entry) for key, entry in value.items()):
         return _tiny(value, size, tokens)
+    if name == "projector_patch_to_query_dict":  # number of patches → number of queries
+        return {16: 4}
     if "rope" in name:
         return {
             key: _tiny_dict(name, entry, size, node, tokens) if isinstance(entry, dict)
@@ -263,6 +285,8 @@ def _tiny_list(name: str, entries: list, counts: set[int], size: Size, node: dic
     if len(entries) in counts and len(entries) >= 3 and name != "depths":
         if size.lists == "alternate" and isinstance(entries[0], str):
             kinds = list(dict.fromkeys(entries))
+            if kinds == ["linear_attention"]:  # a hybrid whose default has no attention, and no cache without
+                kinds.append("full_attention")
             return [kinds[i % len(kinds)] for i in range(LAYERS)]
         if size.lists == "derive":
             return None
@@ -286,7 +310,13 @@ def _tiny_list(name: str, entries: list, counts: set[int], size: Size, node: dic
     if is_index and all(type(entry) is int for entry in entries) and LAYERS <= max(entries) <= most:
         scale = LAYERS / (most if max(entries) < most else most + 1)
         return list(dict.fromkeys(min(int(entry * scale), LAYERS - 1) for entry in entries))
+    if is_index and _ascends(entries) and entries[-1] >= LAYERS:  # of layers that another node counts
+        return list(dict.fromkeys(entry * (LAYERS - 1) // entries[-1] for entry in entries))
     return entries
+
+
+def _ascends(entries: list) -> bool:
+    return len(entries) > 1 and all(type(a) is type(b) is int and a < b for a, b in pairwise(entries))
 
 
 def _outputs(name: str, node: dict[str, Any], count: int) -> dict[str, Any]:
@@ -298,10 +328,8 @@ def _outputs(name: str, node: dict[str, Any], count: int) -> dict[str, Any]:
         return {name: value}
     if name == "out_features":
         return {}
-    moved = []
-    for index in value:
-        index = min(round((index + count + 1 if index < 0 else index) * LAYERS / count), LAYERS)
-        while index in moved and index < LAYERS:
-            index += 1
-        moved.append(index)
+    moved: list[int] = []
+    for index in reversed(value):
+        index = round((index + count + 1 if index < 0 else index) * LAYERS / count)
+        moved.insert(0, max(min(index, moved[0] - 1 if moved else LAYERS), 0))
     return {name: list(dict.fromkeys(moved))}

@@ -28,6 +28,9 @@ def image_forms(sizes: Sizes, accepted: Collection[str], random: torch.Generator
         yield from _with_companions(_patches(name, sizes, accepted, random, frames=1), sizes, accepted, random)
         if name != "hidden_states":
             yield from _with_companions(_whole(name, sizes, random), sizes, accepted, random)
+            width = _channels(sizes) * sizes.side("patch_size", default=16) ** 2
+            for shape in ((2, 16, width), (32, width)):  # patches in rows
+                yield {name: torch.rand(shape, generator=random)}
 
 
 def video_forms(sizes: Sizes, accepted: Collection[str], random: torch.Generator) -> Iterator[Inputs]:
@@ -122,6 +125,8 @@ def _with_companions(
             "num_local_patches": torch.ones(2, dtype=torch.long),
             "image_attention_mask": torch.ones((2, parts, *size), dtype=torch.long),
         }
+        if values.dim() == 5:
+            known["pixel_attention_mask"] = torch.ones((2, parts), dtype=torch.bool)  # which parts are there
         extra = {name: value for name, value in known.items() if name in accepted and name not in form}
         if "high_res_pixel_values" in accepted:
             finer = _pair(_high_resolution(sizes))

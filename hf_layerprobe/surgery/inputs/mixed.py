@@ -14,6 +14,7 @@ Inputs = dict[str, torch.Tensor]
 KINDS = {"image": 1, "video": 2, "audio": 3}  # as `mm_token_type_ids` count them
 TYPES = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
 WORDS_BEFORE = 3
+MOST_TOKENS = 65
 
 
 def counts_features(model: PreTrainedModel, modality: str) -> bool:
@@ -34,17 +35,35 @@ def features_in(model: PreTrainedModel, modality: str, form: Inputs) -> int | No
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in given.items()
     }
+    ids = parameters.get("input_ids")
+    if ids is None or ids.default is not ids.empty:
+        return _count(get, given)
+    token = torch.tensor(_token(model.config, modality), device=model.device)
+    # One that reads the placeholders, of which there have to be as many as it then makes features.
+    return next(
+        (n for n in range(1, MOST_TOKENS) if _count(get, {**given, "input_ids": token.expand(2, n)}) == n), None
+    )
+
+
+def _count(get, given: Inputs) -> int | None:
     try:
         with torch.no_grad():
             features = get(**given)
     except Exception:  # a form that is not this model's: whatever its code raises
         return None
-    return _rows(getattr(features, "pooler_output", features)) // 2
+    if hasattr(features, "last_hidden_state"):
+        features = features.last_hidden_state if features.pooler_output is None else features.pooler_output
+    return _rows(features) // 2
 
 
 def _getter(model: PreTrainedModel, modality: str):
-    name = f"get_{modality}_features"
-    return next((getattr(module, name) for module in model.modules() if hasattr(module, name)), None)
+    found = [getattr(module, name) for module in model.modules() if hasattr(module, name := f"get_{modality}_features")]
+    # Not one that only hands its arguments on: it does not say what they are.
+    return next((get for get in found if any(map(_is_named, inspect.signature(get).parameters.values()))), None)
+
+
+def _is_named(parameter: inspect.Parameter) -> bool:
+    return parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
 
 
 def mixed(
@@ -71,6 +90,8 @@ def mixed(
         yield {**inputs, **{name: kind for name in TYPES if name in accepted}}
     yield from _told_apart(config, accepted, inputs)
     yield inputs
+    if "image_grid_thw" in inputs and "pixel_values" in inputs:  # each image's patches in a row of their own
+        yield {**inputs, "pixel_values": inputs["pixel_values"].unflatten(0, (2, -1))}
 
 
 def _told_apart(config: PreTrainedConfig, accepted: Collection[str], inputs: Inputs) -> Iterator[Inputs]:

@@ -107,6 +107,10 @@ def _candidates(model: PreTrainedModel, tried: list[str]) -> Iterator[Inputs]:
     text = _text(model, random) if "input_ids" in accepted else None
     if text is not None and not forms:
         yield from complete(text)
+        if "inputs_embeds" in accepted:  # where the ids are of another form, such as several codes at each position
+            width = Sizes(config, "text").get("hidden_size", "d_model", "n_embd", default=64)
+            embeds = torch.rand((BATCH, TOKENS, width), generator=random) - 0.5
+            yield from complete({"inputs_embeds": embeds, **{k: v for k, v in text.items() if k != "input_ids"}})
     elif text is not None:
         fitting: dict[str, list] = {}
         for modality, found in forms.items():
@@ -190,6 +194,13 @@ def _completed(model: PreTrainedModel, inputs: Inputs, random: torch.Generator) 
             inputs[name] = value
     if inputs:
         yield _placed(inputs, model)
+    codebooks = sizes.get(
+        "num_codebooks", default=getattr(getattr(model.config, "decoder_config", None), "num_channels", 1)
+    )
+    if "decoder_input_ids" in inputs and codebooks > 1:  # a token of each at every position, or rows of their own
+        ids = inputs["decoder_input_ids"]
+        for tokens in (ids[..., None].repeat(1, 1, codebooks), ids.repeat(codebooks, 1)):
+            yield _placed({**inputs, "decoder_input_ids": tokens}, model)
 
 
 def _accepted(model: PreTrainedModel):

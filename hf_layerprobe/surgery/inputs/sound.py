@@ -12,6 +12,7 @@ Inputs = dict[str, torch.Tensor]
 SPECTROGRAMS = ("input_features", "audio_mel", "audio_input_features")
 SAMPLES = ("input_values", "audio_values")
 MASKS = ("input_features_mask", "feature_attention_mask", "input_values_mask", "audio_mel_mask", "audio_attention_mask")
+CUTOFF = 1000  # samples of each recording that are read by models that are told: less than one frame of a codec
 BANDS = (
     "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "mel_bins", "num_mels", "input_feat_size",
     "input_feature_size", "input_dim", "num_bins",
@@ -54,6 +55,7 @@ def _masked(form: Inputs, frames: int, accepted: Collection[str]) -> Iterator[In
     known = {name: torch.ones((2, frames), dtype=torch.long) for name in MASKS}
     known["audio_feature_lengths"] = torch.full((2,), frames)
     known["audio_embed_sizes"] = torch.full((2,), frames // 8)
+    known["input_values_cutoffs"] = torch.full((2, 1), CUTOFF)
     known["is_longer"] = torch.zeros((2, 1), dtype=torch.bool)
     if extra := {name: value for name, value in known.items() if name in accepted}:
         yield {**form, **extra}
