@@ -230,8 +230,8 @@ def test_a_bounded_slice_is_said_in_the_log(make_trainer, caplog):
     trainer = make_trainer(LayerProbeCallback(("docs", "drift"), every=4, max_seconds=0, sample=8))
     with caplog.at_level("INFO", "hf_layerprobe"):
         trainer.train()
-    assert "DOCS: 1 of 3 pairs in 0.0" in caplog.text and "8 vectors of each matrix" in caplog.text
-    assert "Drift: 1 of 4 layers in" in caplog.text and "max_seconds=0 allows no more" in caplog.text
+    assert "DOCS: 1 of 21 pairs of matrices in 0.0" in caplog.text and "8 vectors of each matrix" in caplog.text
+    assert "Drift: 1 of 28 matrices in" in caplog.text and "max_seconds=0 allows no more" in caplog.text
     (entry,) = entries(trainer)
     assert sum(name.startswith("layerprobe/drift/norm/") for name in entry) == 1
 

@@ -1,4 +1,4 @@
-"""The callback under DDP and FSDP2: the numbers are those of one process, and one process writes."""
+"""The callback under DDP and FSDP: the numbers are those of one process, and one process writes."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from train_in_processes import built
 from training import LAYERS, logged, rows
 from transformers import default_data_collator
 
@@ -18,8 +18,8 @@ from hf_layerprobe import LayerProbeHistory, docs, score_layers
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_several_processes_log_what_one_would(tmp_path, kind):
+def train(kind, tmp_path):
+    """Trains in two processes; returns what each has logged, and what was printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -32,19 +32,38 @@ def test_several_processes_log_what_one_would(tmp_path, kind):
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    log, other = (json.loads((tmp_path / f"log-{rank}.json").read_text()) for rank in (0, 1))
+    return *(json.loads((tmp_path / f"log-{rank}.json").read_text()) for rank in (0, 1)), run.stderr
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2-lora"])
+def test_several_processes_log_what_one_would(tmp_path, kind):
+    log, other, _ = train(kind, tmp_path)
     assert not [entry for entry in other if any(name.startswith("layerprobe/") for name in entry)]
     (entry,) = [entry for entry in log if "layerprobe/avss/layer_00" in entry]
-    start, model = tiny_model("llama"), tiny_model("llama")
+    start, model = built(kind), built(kind)
     model.load_state_dict(torch.load(tmp_path / "state.pt"))
+    label = ""
+    if kind == "fsdp2-lora":
+        start, model, label = start.merge_and_unload(), model.merge_and_unload(), "merged/"
     batches = [default_data_collator(list(rows(5, 2, padding=2)))]
     for name in ("avss", "influence"):
         values = score_layers(model, batches, by=name).values
         assert logged(entry, f"layerprobe/{name}/") == pytest.approx(values.tolist(), rel=1e-5)
-    assert entry["layerprobe/docs/up/mean_neighbour"] == pytest.approx(docs(model).mean_neighbour("up"), abs=1e-6)
+    similarity = docs(model).mean_neighbour("up")
+    assert entry[f"layerprobe/docs/{label}up/mean_neighbour"] == pytest.approx(similarity, abs=1e-6)
     history = LayerProbeHistory.load(tmp_path)
     for layer in range(LAYERS):
         before, now = (m.model.layers[layer].mlp.up_proj.weight for m in (start, model))
         norm = ((now - before).norm() / before.norm()).item()
-        assert history["drift/norm/up"][0, layer] == pytest.approx(norm, rel=1e-4) and norm > 0.01
-    assert np.isfinite(history["drift/docs"]).all()
+        assert history[f"drift/{label}norm/up"][0, layer] == pytest.approx(norm, rel=1e-4) and norm > 0.01
+    assert np.isfinite(history[f"drift/{label}docs"]).all()
+
+
+def test_fsdp1_is_refused_in_one_line_and_trains_on(tmp_path):
+    log, _, printed = train("fsdp1", tmp_path)
+    assert log[-1]["step"] == 2 and not [
+        entry for entry in log if any(name.startswith("layerprobe/") for name in entry)
+    ]
+    lines = [line for line in printed.splitlines() if "FSDP1 flattens" in line]
+    assert len(lines) == 2 and all("Use FSDP2 (fsdp_config={'version': 2})" in line for line in lines)  # one a process
+    assert "Traceback" not in printed

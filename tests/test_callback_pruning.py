@@ -232,6 +232,14 @@ def test_a_removal_that_never_comes_is_said(make_trainer, caplog):
     assert "will remove nothing: steps [9] do not come in this training (1 to 4)" in caplog.text
 
 
+def test_the_same_removals_added_twice_count_once(make_trainer, caplog):
+    with caplog.at_level("WARNING", "hf_layerprobe"):
+        trainer = make_trainer(*(ProgressivePruningCallback([2], by="docs") for _ in range(2)))
+        trainer.train()
+    assert len(trainer.model.model.layers) == 3
+    assert "ProgressivePruningCallback was added twice with the same settings; the second one" in caplog.text
+
+
 def test_more_layers_than_there_are(make_trainer):
     with pytest.raises(LayerProbeError, match="would remove 4 of the 4 layers of 'model.layers'; one must stay"):
         make_trainer(ProgressivePruningCallback({1: 2, 2: 2})).train()

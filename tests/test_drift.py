@@ -26,14 +26,36 @@ def test_pairs_are_those_of_the_map():
         np.testing.assert_allclose(found.values[kind][off_diagonal], expected[kind][off_diagonal], atol=1e-9)
         np.testing.assert_allclose(found.excess[kind][off_diagonal], expected.excess(kind)[off_diagonal], atol=1e-9)
         assert np.isnan(np.diagonal(found.values[kind])).all()
-    assert found.compared == found.wanted == 6
+    assert found.compared == found.wanted == 6 * 7
 
 
-def test_a_slice_that_is_over_at_once_has_one_pair_and_always_the_same():
+def test_a_slice_that_is_over_at_once_has_one_pair_of_matrices_and_always_the_same():
     first, second = (docs_of_pairs(weights(), PAIRS, TimeSlice(0), sample=None) for _ in range(2))
-    assert (first.compared, first.wanted) == (1, 6)
+    assert (first.compared, first.wanted) == (1, 6 * 7)
     np.testing.assert_array_equal(first.values["q"], second.values["q"])
-    assert np.isfinite(first.values["q"]).sum() == 2
+    assert np.isfinite(first.values["q"]).sum() == 2 and np.isnan(first.values["k"]).all()
+
+
+def test_a_slice_ends_before_what_would_take_too_long(monkeypatch):
+    """On a clock of its own: the last piece of a kind says what the next one takes."""
+    now = [0.0]
+    monkeypatch.setattr("hf_layerprobe.scores.bounded.time.perf_counter", lambda: now[0])
+    cost = {"small": 1.0, "large": 3.0}
+
+    def done(seconds, pieces, first=None):
+        now[0], work = 0.0, []
+        for number, kind in enumerate(TimeSlice(seconds).pieces((kind, kind) for kind in pieces)):
+            now[0] += first if first and not number else cost[kind]
+            work.append(kind)
+        return len(work), now[0]
+
+    both = ["small", "large"] * 5
+    assert done(None, both) == (10, 20.0)
+    assert done(11.0, both) == (5, 9.0)  # the third large one would end at 12
+    assert done(12.0, both) == (6, 12.0)
+    assert done(0.5, both) == (1, 1.0)
+    assert done(5.0, ["large", "small"]) == (1, 3.0)  # nothing is known of small ones yet
+    assert done(9.0, ["small"] * 9, first=4.0) == (6, 9.0)  # a slow start, such as a compilation, is no rule
 
 
 def test_a_sample_is_close_and_repeats_itself():
@@ -69,7 +91,7 @@ def test_drift_is_what_its_definition_says(tmp_path, sample):
     start = Start(tmp_path / "start")
     assert (start.step, start.sample) == (3, sample)
     found, measured = drift(after, start, [0, 1, 2, 3], TimeSlice(None))
-    assert measured == 4
+    assert measured == 4 * 7
     for kind in before.kinds:
         for layer in range(4):
             W0, W = (side.parts(layer, kind)[0].double().numpy() for side in (before, after))

@@ -20,7 +20,7 @@ from .history import FOLDER, LayerProbeHistory, SnapshotFolder
 from .measurement import Measurement, data_set, neighbours, per_layer
 from .passes import around
 from .schedule import Every, check_every, ends_with_numbers, is_step, never
-from .settings import OF_WEIGHTS, activation_scores, check_choice, check_number
+from .settings import OF_WEIGHTS, activation_scores, check_choice, check_number, drop_twins
 from .trackers import log, on_call_stack
 from .watched import WatchedModel
 
@@ -64,8 +64,8 @@ class LayerProbeCallback(TrainerCallback, ExportableState):
         kinds: Matrices for DOCS and drift, some of q, k, v, o, gate, up, down; all that the model has by default.
         maps: Compare all pairs of layers by DOCS instead of adjacent ones; trackers get the maps as pictures.
         sample: Vectors of each matrix that DOCS and drift match, always the same ones; `None` for all.
-        max_seconds: How long DOCS may take at a step, and drift as much again; looked at after each pair of layers. What
-            it leaves out is said in the log and NaN in the history. `None` for no bound.
+        max_seconds: How long DOCS may take at a step, and drift as much again: matrices that would take longer, as far as
+            those before tell, are left out, which the log says; NaN in the history. `None` for no bound.
         batches: `"evaluation"`, or `"training"`: those of the steps that `every` names.
         adapters: In a PEFT model, `"merged"` reads each matrix with its adapters merged on the fly, `"base"` without.
         output_dir: Where the folder `layerprobe` goes; the Trainer's `output_dir` by default.
@@ -224,7 +224,7 @@ class LayerProbeCallback(TrainerCallback, ExportableState):
     def _join(self, context: Mapping[str, Any]) -> None:
         handler, trainer = on_call_stack(CallbackHandler), on_call_stack(Trainer)
         if handler is not None:
-            _drop_twins(self, handler.callbacks)
+            drop_twins(self, handler.callbacks)
         if trainer is not None and self._joined() is not trainer:
             self.open(trainer)
         else:
@@ -338,14 +338,3 @@ class LayerProbeCallback(TrainerCallback, ExportableState):
 
     def _folder(self, args) -> SnapshotFolder:
         return SnapshotFolder(Path(args.output_dir if self.output_dir is None else self.output_dir) / FOLDER)
-
-
-def _drop_twins(callback: LayerProbeCallback, callbacks: list[TrainerCallback]) -> None:
-    """Takes later copies of a callback out of the Trainer's list, which is being gone through."""
-    settings = callback.state()["args"]
-    first = next(at for at, other in enumerate(callbacks) if other is callback)
-    for at in range(len(callbacks) - 1, first, -1):
-        other = callbacks[at]
-        if other is callback or (isinstance(other, LayerProbeCallback) and other.state()["args"] == settings):
-            logger.warning("LayerProbeCallback was added twice with the same settings; the second one is taken out.")
-            del callbacks[at]

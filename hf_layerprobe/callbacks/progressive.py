@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, get_scheduler
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.utils import logging
 
 from ..errors import LayerProbeError
@@ -24,7 +24,7 @@ from ..stacks.admissible import least_worth
 from ..surgery.in_place import prune_in_place
 from .measurement import PREFIX
 from .passes import Passes, around
-from .settings import check_choice
+from .settings import check_choice, drop_twins
 from .trackers import log_numbers, on_call_stack
 
 logger = logging.get_logger(__name__)
@@ -103,6 +103,9 @@ class ProgressivePruningCallback(TrainerCallback, ExportableState):
                 f"ProgressivePruningCallback works in one process, and this training has {args.world_size}: their wrappers "
                 "hold on to parameters that go. Train in one, or prune afterwards with prune_layers."
             )
+        handler = on_call_stack(CallbackHandler)
+        if handler is not None:
+            drop_twins(self, handler.callbacks)
         found = resolve_stack(model, self.stack)
         ahead = sum(number for step, number in self.at.items() if state.global_step < step <= state.max_steps)
         if not ahead:

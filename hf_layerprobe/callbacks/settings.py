@@ -1,14 +1,19 @@
-"""What the callback's arguments may be."""
+"""What the callback's arguments may be, and that no two callbacks have the same ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
 from ..errors import LayerProbeError
 from ..scores.registry import SCORES, Score, get_score
 from ..scores.run import ALIASES
 
+logger = logging.get_logger(__name__)
 OF_WEIGHTS = ("docs", "drift")
 
 
@@ -49,3 +54,14 @@ def check_number(name: str, value: Any, least: int) -> None:
     """
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < least):
         raise LayerProbeError(f"{name} is a number from {least} up, or None; got {value!r}.")
+
+
+def drop_twins(callback: ExportableState, callbacks: list[TrainerCallback]) -> None:
+    """Takes later copies of a callback, with the same arguments, out of the Trainer's list, which is being gone through."""
+    kind, arguments = type(callback), callback.state()["args"]
+    first = next(at for at, other in enumerate(callbacks) if other is callback)
+    for at in range(len(callbacks) - 1, first, -1):
+        other = callbacks[at]
+        if other is callback or (type(other) is kind and other.state()["args"] == arguments):
+            logger.warning(f"{kind.__name__} was added twice with the same settings; the second one is taken out.")
+            del callbacks[at]

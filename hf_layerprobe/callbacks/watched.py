@@ -7,6 +7,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerState
 from transformers.utils import logging
 
@@ -44,7 +45,7 @@ class WatchedModel:
         width: Digits of a layer's number.
 
     Raises:
-        LayerProbeError: No stack, none at that path, or matrices that it does not have.
+        LayerProbeError: No stack, none at that path, or matrices that it does not have; FSDP1.
     """
 
     def __init__(
@@ -59,6 +60,11 @@ class WatchedModel:
         before: WatchedModel | None = None,
         layers: Sequence[int] | None = None,
     ):
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise LayerProbeError(
+                "FSDP1 flattens the matrices of each layer into one vector, of which a process holds a piece. Use FSDP2 "
+                "(fsdp_config={'version': 2})."
+            )
         self.stack: LayerStack = resolve_stack(model, stack)
         self._present = list(self.stack.layers)
         self._numbers: WeakKeyDictionary[nn.Module, int] = before._numbers if before else WeakKeyDictionary()
@@ -76,15 +82,7 @@ class WatchedModel:
         self.passes = Passes(self.stack, activations)
         tuned = any(hasattr(module, "base_layer") for layer in self._present for module in layer.modules())
         self.weights_label = [*self.label, *([adapters] if tuned else [])]
-        self.weights: LiveWeights | None = None
-        if needs_weights:
-            try:
-                self.weights = LiveWeights(self.stack, kinds, adapters=adapters)
-            except LayerProbeError as error:
-                if before is None:
-                    raise
-                # A model that was wrapped since, such as by FSDP1, which flattens all matrices into one vector.
-                logger.warning_once(f"Scores of weights are not logged: {error}")
+        self.weights = LiveWeights(self.stack, kinds, adapters=adapters) if needs_weights else None
 
     def is_of(self, model: nn.Module) -> bool:
         now = self.stack.layers if self.stack.model is base_of(model) else ()

@@ -33,17 +33,18 @@ def docs_now(
     layers = weights.stack.num_layers
     pairs = [(i, j) for i in range(layers) for j in range(i + 1, layers if maps else min(i + 2, layers))]
     found = docs_of_pairs(weights, pairs, time_slice, sample=sample)
-    _say("DOCS", found.compared, found.wanted, "pairs", time_slice, sample)
+    _say("DOCS", found.compared, found.wanted, "pairs of matrices", time_slice, sample)
     measurements = []
+    seconds = time_slice.spent
     for kind in weights.kinds:
-        name = "/".join(["docs", *label, kind])
+        name, known = "/".join(["docs", *label, kind]), np.isfinite(found.values[kind])
         logs = {}
         for part, array in (("mean_neighbour", found.values[kind]), ("mean_neighbour_excess", found.excess[kind])):
             adjacent = np.diagonal(array, offset=1)
             if not np.isnan(adjacent).all():
                 logs[f"{PREFIX}/{name}/{part}"] = float(np.nanmean(adjacent))
         if logs:
-            about = {"sample": sample, "seconds": time_slice.spent, "compared": found.compared, "pairs": found.wanted}
+            about = {"sample": sample, "seconds": seconds, "compared": int(known.sum()) // 2, "pairs": len(pairs)}
             measurements.append(Measurement(name, found.values[kind], logs, about))
     return measurements
 
@@ -72,7 +73,7 @@ def drift_now(
     found, measured = drift(weights, start, layers, time_slice)
     if start is None:
         return []
-    _say("Drift", measured, len(layers), "layers", time_slice, start.sample)
+    _say("Drift", measured, len(layers) * len(weights.kinds), "matrices", time_slice, start.sample)
     about = {"sample": start.sample, "seconds": time_slice.spent, "since_step": start.step}
     measurements = []
     for measure, kinds in found.items():

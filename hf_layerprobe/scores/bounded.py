@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from .matching import best_matches
 from .vectors import Vectors
 
 GOLDEN = (5**0.5 - 1) / 2
+T = TypeVar("T")
 
 
 class TimeSlice:
@@ -36,10 +38,25 @@ class TimeSlice:
     def spent(self) -> float:
         return time.perf_counter() - self.start
 
-    def over(self) -> bool:
+    def pieces(self, pieces: Iterable[tuple[str, T]]) -> Iterator[T]:
+        """Pieces of work one after the other, until the next one would not be done in time; at least one.
+
+        Args:
+            pieces: (kind, piece); a piece is expected to take as long as the last one of its kind.
+        """
+        took: dict[str, float] = {}
+        for kind, piece in pieces:
+            began = self.spent
+            # One of a new kind may take as long as the longest of the others.
+            if took and self._over(took.get(kind, max(took.values()))):
+                return
+            yield piece
+            took[kind] = self.spent - began
+
+    def _over(self, expected: float) -> bool:
         if self.seconds is None:
             return False
-        over = [self.spent > self.seconds]
+        over = [self.spent + expected > self.seconds]
         if self.together:
             distributed.broadcast_object_list(over, src=0)
         return over[0]
@@ -52,8 +69,8 @@ class PairMap:
     Attributes:
         values: kind → `[layers, layers]`, symmetric; NaN where nothing was compared.
         excess: kind → the same above chance, see [`SimilarityMatrix.excess`].
-        compared: Pairs of layers that were compared.
-        wanted: Pairs that were asked for.
+        compared: Pairs of matrices that were compared, of all kinds together.
+        wanted: Pairs of matrices that were asked for.
     """
 
     values: dict[str, np.ndarray]
@@ -65,7 +82,7 @@ class PairMap:
 def docs_of_pairs(
     weights: LiveWeights, pairs: Sequence[tuple[int, int]], time_slice: TimeSlice, *, sample: int | None, seed: int = 0
 ) -> PairMap:
-    """DOCS (arXiv 2501.16650, `axis="out"`) of pairs of layers, as many as the time allows but at least one.
+    """DOCS (arXiv 2501.16650, `axis="out"`) of pairs of layers, as many matrices as the time allows but at least one.
 
     The order is the same at every call and spread over the stack, so that what a short slice leaves out is not one end
     of it, and two calls with as much time compare the same pairs.
@@ -73,7 +90,7 @@ def docs_of_pairs(
     Args:
         weights: Where the matrices are read from.
         pairs: Pairs of layers.
-        time_slice: Looked at after each pair, which is all of its kinds.
+        time_slice: Looked at before each pair of matrices.
         sample: Match at most this many random vectors of each matrix (against all of the other); `None` for all.
         seed: Of the sample, which is the same at every call.
 
@@ -82,22 +99,20 @@ def docs_of_pairs(
     """
     layers = weights.stack.num_layers
     result = PairMap(*({kind: np.full((layers, layers), np.nan) for kind in weights.kinds} for _ in range(2)))
-    result.wanted = len(pairs)
+    wanted = [(kind, (kind, i, j)) for i, j in spread(pairs) for kind in weights.kinds]
+    result.wanted = len(wanted)
     places, chances, matches = [], [], []
-    for i, j in spread(pairs):
-        for kind in weights.kinds:
-            parts = [weights.parts(layer, kind) for layer in (i, j)]
-            if not all(parts):
-                continue
-            x, y = (Vectors.of(one_matrix(part, kind), "out") for part in parts)
-            if not len(x) or not len(y) or x.length != y.length:
-                continue
-            places.append((kind, i, j))
-            chances.append(chance_level(len(x), len(y), x.length))
-            matches.append(_matches(x, y, sample, seed))
+    for kind, i, j in time_slice.pieces(wanted):
         result.compared += 1
-        if time_slice.over():
-            break
+        parts = [weights.parts(layer, kind) for layer in (i, j)]
+        if not all(parts):
+            continue
+        x, y = (Vectors.of(one_matrix(part, kind), "out") for part in parts)
+        if not len(x) or not len(y) or x.length != y.length:
+            continue
+        places.append((kind, i, j))
+        chances.append(chance_level(len(x), len(y), x.length))
+        matches.append(_matches(x, y, sample, seed))
     for (kind, i, j), chance, (value, _) in zip(places, chances, docs_index(matches), strict=True):
         result.values[kind][[i, j], [j, i]] = value
         result.excess[kind][[i, j], [j, i]] = (value - chance) / (1 - chance)

