@@ -248,7 +248,7 @@ def _plan_one(
     model, data, *, by, stack: LayerStack, tokenizer, ratio=None, num_layers=None, remove=None, keep=None, **options
 ) -> PruningPlan:
     total = stack.num_layers
-    removed = _requested(total, ratio, num_layers, remove, keep)
+    removed = requested(total, ratio, num_layers, remove, keep)
     if not isinstance(by, str):
         raise LayerProbeError(f"by is one rule: 'auto' or the name of a score; got {by!r}.")
     if not isinstance(removed, int):
@@ -288,7 +288,7 @@ def refuse_options(options: Mapping[str, Any], why: str) -> None:
         raise LayerProbeError(f"Unused options {sorted(options)}: {why}. Check their names, or leave them out.")
 
 
-def _requested(total: int, ratio, num_layers, remove, keep) -> int | list[int]:
+def requested(total: int, ratio, num_layers, remove=None, keep=None) -> int | list[int]:
     """How many layers to remove, or which ones."""
     given = {
         name: value

@@ -59,15 +59,26 @@ class LayerProbe:
             TypeError: Not a `PreTrainedModel`.
         """
         if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"LayerProbe attaches to a transformers PreTrainedModel, got {type(model).__name__}.")
+            raise TypeError(
+                f"LayerProbe attaches to a transformers PreTrainedModel, got {type(model).__name__}. Of a wrapper (PEFT, "
+                "torch.compile, DDP), attach to the model inside."
+            )
         if not isinstance(model, LayerProbe):
             model.__class__ = _attached_class(type(model))
         return model
 
     @staticmethod
     def detach(model: PreTrainedModel) -> PreTrainedModel:
-        """Gives an attached model back the exact class it had; any other model is returned as it is."""
+        """Gives an attached model back the exact class it had; any other model is returned as it is.
+
+        Raises:
+            TypeError: Something has made a class of its own from the attached one since, as FSDP2 does.
+        """
         if isinstance(model, _Attached):
+            if _Attached not in type(model).__bases__:
+                raise TypeError(
+                    f"{type(model).__name__} was made from the class with LayerProbe attached, as by FSDP2: detach before."
+                )
             model.__class__ = type(model).__bases__[1]
         return model
 

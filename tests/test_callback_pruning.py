@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 from training import entries, rows
@@ -249,6 +250,10 @@ def test_more_layers_than_there_are(make_trainer):
     ("arguments", "message"),
     [
         (dict(at=[]), "at is a mapping"),
+        (dict(at=200), "at is a mapping of steps to numbers of layers, or a list of steps; got 200"),
+        (dict(at="often"), "at is a mapping"),
+        (dict(at=[2.5]), "at is a mapping"),
+        (dict(at={2: 1.0}), "at is a mapping"),
         (dict(at={0: 1}), "at is a mapping"),
         (dict(at={3: 0}), "at is a mapping"),
         (dict(at=[3], window=0), "window is a positive number"),
@@ -340,6 +345,46 @@ def test_several_evaluation_data_sets_at_the_end(make_trainer):
     trainer.train()
     assert {"near_loss", "far_loss"} == set(callback.before) == set(callback.after)
     json.dumps(trainer.state.log_history)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(ratio=1.5), "ratio is the share of layers to remove, between 0 and 1; got 1.5"),
+        (dict(num_layers=4), "num_layers to remove must be between 1 and 3 of 4; got 4"),
+        (dict(num_layers=1, stack="model.blocks"), "no stack 'model.blocks'"),
+    ],
+)
+def test_train_end_refusals_before_training(make_trainer, arguments, message):
+    trainer = make_trainer(PruneOnTrainEndCallback(**arguments))
+    with pytest.raises(LayerProbeError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_the_same_pruning_at_the_end_added_twice_counts_once(make_trainer, caplog):
+    first, second = PruneOnTrainEndCallback(num_layers=1, by="docs"), PruneOnTrainEndCallback(num_layers=1, by="docs")
+    with caplog.at_level("WARNING", "hf_layerprobe"):
+        make_trainer(first, second).train()
+    assert first.pruned is not None and second.pruned is None
+    assert "PruneOnTrainEndCallback was added twice" in caplog.text and "not pruned" not in caplog.text
+
+
+@pytest.mark.parametrize("how", ["PeftModel", "add_adapter"])
+def test_adapters(make_trainer, how):
+    """A copy is pruned with its adapters at the end; on the way, checkpoints would have no base model to go with."""
+    lora, model = LoraConfig(target_modules=["q_proj"], init_lora_weights=False), tiny_model("llama")
+    if how == "PeftModel":
+        model = get_peft_model(model, lora)
+    else:
+        model.add_adapter(lora)
+    with pytest.raises(LayerProbeError, match="adapters saved on the way would fit a base model that is saved nowhere"):
+        make_trainer(ProgressivePruningCallback([2]), model=model).train()
+    if how == "PeftModel":
+        end = PruneOnTrainEndCallback(num_layers=1, by="influence")
+        make_trainer(end, model=model).train()
+        assert type(end.pruned) is PeftModel and end.pruned.get_base_model().config.num_hidden_layers == 3
+        assert end.before["loss"] != end.after["loss"]
 
 
 @pytest.mark.parametrize(

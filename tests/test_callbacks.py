@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -307,6 +308,13 @@ def test_no_hook_is_left_when_a_pass_breaks_off(make_trainer, error, batches):
     handle.remove()
     assert seen == [2 + LAYERS + 1]
     assert model_hooks(model) == 0
+
+
+def test_a_callback_can_be_sent_to_another_process(make_trainer):
+    callback = pickle.loads(pickle.dumps(LayerProbeCallback(("avss", "influence", "docs", "drift"), every=2)))
+    trainer = make_trainer(callback, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    assert steps(trainer, "layerprobe/avss/") == [2, 4]
 
 
 def test_a_new_model_is_followed(make_trainer):

@@ -18,6 +18,11 @@ PRINTED = {
         "TruthfulQA is left out",
         r"Layers that stand out: \{'summaries': \[[\d, ]*\], 'summaries, half of them swapped': \[[\d, ]*\]\}",
     ),
+    "training.ipynb": (
+        r"bert.encoder.layer: remove 1 of 6 layers by influence",
+        r"docs/q .*drift/norm .*influence",
+        r"accuracy 0\.\d+ -> 0\.\d+ without layer \d",
+    ),
 }
 
 

