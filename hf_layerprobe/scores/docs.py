@@ -89,8 +89,9 @@ def docs_index(matches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[f
         return []
     samples = [sample for pair in matches for sample in pair]
     locations, errors = torch.empty(2, len(samples), dtype=torch.float64)
-    for size in {len(sample) for sample in samples}:
-        positions = [position for position, sample in enumerate(samples) if len(sample) == size]
+    sizes = [sample.shape[0] for sample in samples]
+    for size in set(sizes):
+        positions = [position for position, found in enumerate(sizes) if found == size]
         stacked = torch.stack([samples[position] for position in positions])
         fitted, scale = (part.cpu() for part in gumbel_fit(stacked))
         # Equal up to order, sign and scale: no spread to fit a distribution to, and the index is exactly 1.

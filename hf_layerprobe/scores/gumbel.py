@@ -7,8 +7,8 @@ import math
 import torch
 
 MAX_STEPS = 100
-# A step this small, relative to the scale, was the last: each squares the error of the one before.
-NEAR = 1e-9
+# A step this small, relative to the scale, is the last: each squares the error of the one before, so 1e-10 is left.
+NEAR = 1e-5
 
 
 def gumbel_fit(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,18 +24,19 @@ def gumbel_fit(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         `[...]` and `[...]`, float64.
     """
-    s = samples.to("cpu" if samples.device.type == "mps" else samples.device).double()
-    low, high = s.aminmax(dim=-1)
+    samples = samples.to("cpu" if samples.device.type == "mps" else samples.device)
+    low, high = samples.amin(-1).double(), samples.amax(-1).double()
     flat = high - low <= 1e-12 * torch.maximum(high, -low).clamp_min(1)
-    s = s - low[..., None]  # the likelihood does not care, and the exponentials stay within [0, 1]
+    s = samples.double() - low[..., None]  # the likelihood does not care, and the exponentials stay within [0, 1]
     shifted_mean = s.mean(-1)
     # g(0+) < 0 and g(mean) >= 0 in shifted units, since the weighted mean is never negative.
     lower, upper = torch.zeros_like(shifted_mean), shifted_mean.clamp_min(1e-300)
     deviation = (s.square().mean(-1) - shifted_mean.square()).clamp_min(0).sqrt()
     beta = (deviation * math.sqrt(6) / math.pi).clamp_min(1e-300).minimum(upper)
+    weights = torch.empty_like(s)
     settled = flat.clone()  # a fit that has arrived does not move on, so that it does not depend on its batch
     for _ in range(MAX_STEPS):
-        weights = torch.exp(s * -beta[..., None].reciprocal())  # 1 for the smallest value, so that their sum is not 0
+        torch.mul(s, -beta[..., None].reciprocal(), out=weights).exp_()  # 1 for the smallest value: their sum is not 0
         total = weights.sum(-1)
         weighted_mean = weights.mul_(s).sum(-1) / total
         variance = (weights.mul_(s).sum(-1) / total - weighted_mean.square()).clamp_min(0)
@@ -48,5 +49,5 @@ def gumbel_fit(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         settled = settled | arrived
         if bool(settled.all()):
             break
-    location = low - beta * torch.exp(s * -beta[..., None].reciprocal()).mean(-1).log()
+    location = low - beta * torch.mul(s, -beta[..., None].reciprocal(), out=weights).exp_().mean(-1).log()
     return torch.where(flat, low + shifted_mean, location), torch.where(flat, 0, beta)

@@ -6,7 +6,6 @@ No n × n matrix exists: the product is taken tile by tile, and only its row and
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 
@@ -19,8 +18,8 @@ from .vectors import Vectors
 # tile is written into the lowest bits of its cosine, as many as a place can need.
 TILE, GPU_TILE = 1 << 11, 1 << 13
 COPIED = 1 << 23
-# Vectors whose cosines with their partners are computed at a time.
-PART = 512
+# Numbers in the vectors whose cosines with their partners are computed at a time.
+PART = 1 << 21
 # With fewer vectors, one partner that the search mistakes for a nearly equal one would show, and speed does not. Short
 # vectors have many nearly equal partners.
 SMALL = 128
@@ -48,7 +47,7 @@ def best_matches(X: Vectors, Ys: Sequence[Vectors]) -> list[tuple[torch.Tensor, 
     if device == "cuda" and "dtype_out" in torch.ops.aten.mm.overloads():
         search = partial(_search, product=_half_product, maxima=_compiled_maxima(), tile=GPU_TILE)
     elif device == "cpu" and _bfloat16_is_faster():
-        search = partial(_search, product=_parts_product, maxima=packed_maxima, tile=TILE)
+        search = partial(_search, product=_parts_product, maxima=_maxima_in_place, tile=TILE)
     else:
         return [_largest(X, Y) for Y in Ys]
     found = []
@@ -60,7 +59,7 @@ def best_matches(X: Vectors, Ys: Sequence[Vectors]) -> list[tuple[torch.Tensor, 
 
 def _largest(X: Vectors, Y: Vectors) -> tuple[torch.Tensor, torch.Tensor]:
     best_x, best_y = (V.scale.new_zeros(len(V)) for V in (X, Y))
-    for rows, columns, cosines in _tiles(X, Y, _product, TILE):
+    for rows, columns, cosines in _tiles(X, Y, _product, _step(X.length, TILE)):
         bits = cosines.view(torch.int32).bitwise_and_(SIGN)
         torch.maximum(best_x[rows], bits.amax(1).view(torch.float32), out=best_x[rows])
         torch.maximum(best_y[columns], bits.amax(0).view(torch.float32), out=best_y[columns])
@@ -71,14 +70,12 @@ def _search(
     X: Vectors, Y: Vectors, *, product: Callable, maxima: Callable, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The partner of each vector of X in Y, and of each of Y in X: `[m]`, `[p]` indices."""
-    best_x: dict[int, list[torch.Tensor]] = defaultdict(list)  # first row of a tile → its maxima, tile by tile
-    best_y: dict[int, list[torch.Tensor]] = defaultdict(list)
-    place = torch.arange(tile, dtype=torch.int32, device=X.rows.device)
-    for rows, columns, cosines in _tiles(X, Y, product, tile):
-        by_row, by_column = maxima(cosines, place)
-        best_x[rows.start].append(by_row)
-        best_y[columns.start].append(by_column)
     step = _step(X.length, tile)
+    place = torch.arange(tile, dtype=torch.int32, device=X.rows.device)
+    # Made at once: small tensors that stay, between large ones that go, keep the allocator from using a place again.
+    best_x, best_y = (place.new_empty(-(-len(other) // step), len(V)) for V, other in ((X, Y), (Y, X)))
+    for rows, columns, cosines in _tiles(X, Y, product, step):
+        best_x[columns.start // step, rows], best_y[rows.start // step, columns] = maxima(cosines, place)
     return _unpacked(best_x, step, tile), _unpacked(best_y, step, tile)
 
 
@@ -96,36 +93,42 @@ def packed_maxima(cosines: torch.Tensor, place: torch.Tensor) -> tuple[torch.Ten
     return bits.bitwise_or(place[:width]).amax(1), bits.bitwise_or(place[:height, None]).amax(0)
 
 
+def _maxima_in_place(cosines: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same without copies, which would be as large as the tile; it is overwritten."""
+    height, width = cosines.shape
+    keep = SIGN & ~(len(place) - 1)
+    bits = cosines.view(torch.int32)
+    by_row = bits.bitwise_and_(keep).bitwise_or_(place[:width]).amax(1)
+    return by_row, bits.bitwise_and_(keep).bitwise_or_(place[:height, None]).amax(0)
+
+
 @cache
 def _compiled_maxima() -> Callable:
     """On CUDA: without copies of the tile between the steps."""
     return torch.compile(packed_maxima, dynamic=False)
 
 
-def _unpacked(best: dict[int, list[torch.Tensor]], step: int, tile: int) -> torch.Tensor:
-    """Partners of all vectors from the packed maxima of each tile."""
-    partners = []
-    for maxima in best.values():
-        largest, where = torch.stack(maxima).max(0)
-        partners.append(where * step + (largest & (tile - 1)))
-    return torch.cat(partners)
+def _unpacked(best: torch.Tensor, step: int, tile: int) -> torch.Tensor:
+    """The partner of each vector, from the packed maxima of each tile of partners: `[tiles, m]` to `[m]`."""
+    largest, where = best.max(0)
+    return where * step + (largest & (tile - 1))
 
 
 def _cosines(X: Vectors, Y: Vectors, partners: torch.Tensor) -> torch.Tensor:
     """Absolute cosine of each vector of X with its partner in Y, float32."""
-    starts = range(0, len(X), PART)
-    parts = [slice(start, start + PART) for start in starts]
+    step = max(1, PART // X.length)
+    parts = [slice(start, start + step) for start in range(0, len(X), step)]
     return torch.cat([torch.linalg.vecdot(X.units(part), Y.units(partners[part])).abs_() for part in parts])
 
 
-def _tiles(X: Vectors, Y: Vectors, product: Callable, tile: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+def _tiles(X: Vectors, Y: Vectors, product: Callable, step: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """(rows, columns, cosines). The next tile overwrites the last."""
-    step = _step(X.length, tile)
     buffer = X.scale.new_empty(min(step, len(X)) * min(step, len(Y)))
+    some_x, some_y = (V.scale.new_empty(min(step, len(V)), V.length) for V in (X, Y))
     for start in range(0, len(X), step):
-        rows = X.units(slice(start, start + step))
+        rows = X.units(slice(start, start + step), some_x)
         for other in range(0, len(Y), step):
-            columns = Y.units(slice(other, other + step))
+            columns = Y.units(slice(other, other + step), some_y)
             cosines = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
             product(rows, columns, cosines)
             yield slice(start, start + len(rows)), slice(other, other + len(columns)), cosines

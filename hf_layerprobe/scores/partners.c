@@ -44,7 +44,7 @@ typedef struct {
 typedef struct {
     const Matrix *x;
     const Pair *pairs;
-    int64_t chunks, shares; /* of x for the search; of either side for the cosines */
+    int64_t count, chunks, shares; /* of x for the search; of either side for the cosines */
     uint16_t *left;  /* as x->packed, for the left side of products */
     float *scratch;  /* [threads, ROWS * COLUMNS] */
     void (*piece)(const void *, int64_t, float *);
@@ -287,9 +287,9 @@ static void by_gathering(const Matrix *x, const Matrix *y, const int32_t *places
 
 static void finish_x(const void *work, int64_t piece, float *scratch) {
     const Work *w = work;
-    const Pair *pair = &w->pairs[piece / w->shares];
+    const Pair *pair = &w->pairs[piece % w->count]; /* the same vectors of x for one pair after the other */
     const Matrix *x = w->x, *y = pair->y;
-    int64_t first = piece % w->shares * FEW, end = first + FEW < x->vectors ? first + FEW : x->vectors;
+    int64_t first = piece / w->count * FEW, end = first + FEW < x->vectors ? first + FEW : x->vectors;
     if (x->stride != 1 || y->stride != 1) {
         by_gathering(x, y, pair->place_x, first, end, pair->best_x);
         return;
@@ -338,7 +338,7 @@ void hf_layerprobe_pack(const Matrix *m, int64_t threads) {
 }
 
 void hf_layerprobe_match(const Matrix *x, const Pair *pairs, int64_t count, uint16_t *left, float *scratch, int64_t threads) {
-    Work w = {.x = x, .pairs = pairs, .chunks = hf_layerprobe_chunks(x->vectors), .left = left, .scratch = scratch};
+    Work w = {.x = x, .pairs = pairs, .count = count, .chunks = hf_layerprobe_chunks(x->vectors), .left = left, .scratch = scratch};
     int64_t most = 0;
     for (int64_t p = 0; p < count; p++) most = pairs[p].y->vectors > most ? pairs[p].y->vectors : most;
     share(&w, transpose, padded(x->vectors) / 16, threads);

@@ -51,7 +51,7 @@ class Vectors:
         return cls(rows, norms.reciprocal().float())
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.rows.shape[0]
 
     @property
     def length(self) -> int:
@@ -63,11 +63,12 @@ class Vectors:
         which = which if isinstance(which, slice) else which.to(self.rows.device)
         return Vectors(self.rows[which], self.scale[which])
 
-    def units(self, which: slice | torch.Tensor) -> torch.Tensor:
-        """Some of the vectors with norm 1, float32."""
+    def units(self, which: slice | torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Some of the vectors with norm 1, float32; where they are not kept, made in the buffer if there is one."""
         if self.rows.numel() <= KEPT:
             return self._units[which]
-        return torch.mul(self.rows[which], self.scale[which, None])
+        rows = self.rows[which]
+        return torch.mul(rows, self.scale[which, None], out=None if buffer is None else buffer[: len(rows)])
 
     @cached_property
     def _units(self) -> torch.Tensor:
