@@ -9,11 +9,14 @@ import transformers as tf
 from test_prune import assert_same_outputs, outputs
 from test_prune_composites import hybrid, qwen3_vl
 from tiny import FAMILIES, GQA, redrawn, tiny_model
+from torch import nn
 
 from hf_layerprobe import PruningError, PruningPlan, find_stacks, plan_pruning, prune_layers
 from hf_layerprobe.scores import LayerScores
-from hf_layerprobe.stacks import admissible, bypassed, edit
+from hf_layerprobe.stacks import admissible, bypassed, edit, kinds
 from hf_layerprobe.stacks.admissible import first_admissible, least_worth
+from hf_layerprobe.stacks.bind import ConfigBinding
+from hf_layerprobe.stacks.taps import check_taps, tap_edits
 from hf_layerprobe.surgery.outputs import difference, float_outputs, without_removed
 
 SIX = {**GQA, "num_hidden_layers": 6}
@@ -455,3 +458,19 @@ def test_the_number_of_layers_told_to_each_is_no_difference():
     model = on_meta(lambda: tf.MiniMaxForCausalLM(config))
     assert model.model.layers[0].self_attn.num_hidden_layers == 3
     find_stacks(model)[0].check([1, 2])
+
+
+def test_the_name_of_a_cache_slot_is_no_difference():
+    layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    for i, layer in enumerate(layers):
+        layer.cache_key = f"conv.{i}"
+    assert len({tuple(kind.items()) for kind in kinds.layer_kinds(layers)}) == 1
+
+
+def test_taps_may_repeat_a_state_and_stay_behind_the_last_layer():
+    config = tf.MllamaVisionConfig(num_hidden_layers=6, intermediate_layers_indices=[0, 2, 3, 5, 9])
+    binding = ConfigBinding((), "num_hidden_layers")
+    check_taps(config, binding, 6, [0, 2, 4, 5])
+    assert tap_edits(config, binding, 6, [0, 2, 4, 5]) == {(): {"intermediate_layers_indices": [0, 1, 1, 3, 4]}}
+    with pytest.raises(PruningError, match="none is left before one of them"):
+        check_taps(config, binding, 6, [1, 2])

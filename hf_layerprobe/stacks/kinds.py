@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from torch import nn
 
 # Where a layer stands, which is meant to change: mostly the slot of its cache.
-INDEX = re.compile(r"(^|_)(layer|block)_?(idx|id|index|number|num)$|^idx$|^index$")
+INDEX = re.compile(r"(^|_)(layer|block)_?(idx|id|index|number|num)$|^idx$|^index$|^cache_key$")
 # Dropout, stochastic depth and seeds of random masks, which often change with depth; without effect after training.
 DROPOUT = re.compile(r"drop|prob|^seed$")
 

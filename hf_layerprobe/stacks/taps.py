@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TAPS = {
     "vision_feature_layer": 1,
     "spatial_vision_layer": 1,
+    "intermediate_layers_indices": 0,
     "feature_layer": 1,
     "_out_indices": 1,
     "deepstack_visual_indexes": 0,
@@ -29,6 +30,8 @@ TAPS = {
     "extract_layers": 0,
     "backbone_out_indices": 0,
 }
+# Where a state may be read twice: others have a part of their own for each index (a merger, a stage), found by the index.
+REPEATABLE = ("vision_feature_layer", "spatial_vision_layer", "intermediate_layers_indices")
 # Fields that pair layers of a vision tower with layers of the text model.
 PAIRINGS = ("deepstack_layer_map", "spatial_target_layers")
 
@@ -64,8 +67,7 @@ def check_taps(config: PreTrainedConfig, binding: ConfigBinding, num_layers: int
         moved = _moved(value, first, num_layers, keep)
         before, after = ([each] if isinstance(each, int) else list(each) for each in (value, moved))
         lost = [old for old, new in zip(before, after, strict=True) if new < 0 <= old]
-        # Each index of these lists has a part of its own (a merger, a decoder layer, a stage), found by the index.
-        merged = name not in ("vision_feature_layer", "spatial_vision_layer") and len(set(after)) < len(after)
+        merged = name not in REPEATABLE and len(set(after)) < len(after)
         if merged or lost:
             # Between one tap and the next, and before the first, a layer has to stay.
             ends = sorted(
@@ -133,5 +135,7 @@ def _moved(value: int | Sequence[int], first: int, num_layers: int, keep: Sequen
     if not isinstance(value, int):
         return [_moved(each, first, num_layers, keep) for each in value]
     old = value + num_layers + first if value < 0 else value
+    if old >= num_layers + first:  # no layer is there, and none may come to be there
+        return len(keep) + first
     new = sum(i + first <= old for i in keep) - 1 + first
     return new - len(keep) - first if value < 0 else new

@@ -74,6 +74,8 @@ def verify(removed: Mapping[LayerStack, Sequence[int]], pruned: PreTrainedModel)
                 f"bypassed: {how}. This architecture ties a layer's function to its position or to the number of "
                 "layers, or something else reads the removed layers."
             )
+        # With a cache a layer may compute by another formula (a recurrence, not a convolution): rounding differs more.
+        limit = min(10 * limit, max(TOLERANCE.values()))
         if (
             original.can_generate()
             and not _cache_agrees(pruned, prompt, limit)

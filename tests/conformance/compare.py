@@ -46,7 +46,9 @@ def without(lists: Sequence[nn.ModuleList], removed: Sequence[int]) -> Iterator[
 
 
 def _unchanged(module: nn.Module, args: tuple, kwargs: dict, output):
-    given = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor) and each.is_floating_point()]
+    named = sorted(kwargs, key=lambda name: name != "hidden_states")
+    given = [*args, *(kwargs[name] for name in named)]
+    given = [each for each in given if isinstance(each, torch.Tensor) and each.is_floating_point()]
     if isinstance(output, torch.Tensor):
         assert output.shape == given[0].shape, "not a layer that adds to a stream"
         return given[0]

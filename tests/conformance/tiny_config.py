@@ -133,6 +133,7 @@ NARROW: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
     for pattern, rule in (
         (r"chunk_size_feed_forward$|type_vocab_size$|patch_embed_hidden_size$", lambda value, size, node: value),
         (r"backbone_hidden_size$", lambda value, size, node: size.hidden),
+        (r"insert_layer_id$", _at_most(2)),
         (r"upsample_groups$", lambda value, size, node: min(value, size.hidden)),
         (r"mamba_(n|num)_heads$", lambda value, size, node: 8),
         (r"num_heads$", lambda value, size, node: 8 if _is_mamba(node) else min(value, size.heads)),
