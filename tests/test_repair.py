@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprobe import LayerProbeError, PruningPlan, plan_pruning, prune_layers
 from hf_layerprobe.repair import ClosedForm, Finetune, Lora, repair_model
+from hf_layerprobe.repair.closed_form import Track
 from hf_layerprobe.repair.least_squares import Normal, best_change
+from hf_layerprobe.repair.sites import Site
 from hf_layerprobe.repair.training import teacher_map
 from hf_layerprobe.stacks import resolve_stack
 
@@ -132,8 +134,10 @@ def test_families_come_closer_to_the_original(family):
 
 
 def test_a_repair_that_makes_things_worse_is_undone():
-    """The labels are what the pruned model says itself, so whatever changes it makes its loss worse."""
+    """The labels are what the pruned model says itself, and is sure of, so whatever changes it makes its loss worse."""
     model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)
     pruned = prune_layers(model, remove=[1])
     data = saying(pruned, text_batches())
     plain = weights(pruned)
@@ -214,21 +218,45 @@ def test_training_beside_the_cut_leaves_the_rest_alone():
         model,
         [0, 2, 3, 4],
         inputs_for("bart"),
-        repair=Finetune(**healing(beside=1)),
+        repair=Finetune(**healing(beside=1, closed_form=False)),
         stack="model.decoder.layers",
     )
     changed = {name for name, tensor in pruned.state_dict().items() if not torch.equal(tensor, plain[name])}
     assert changed and all(name.startswith(("model.decoder.layers.0.", "model.decoder.layers.1.")) for name in changed)
 
 
-@pytest.mark.parametrize("kind", [Lora, Finetune])
-def test_training_that_diverges_is_undone(kind):
+@pytest.mark.parametrize("kind, closed_form", [(Lora, False), (Finetune, False), (Finetune, True)])
+def test_training_that_diverges_is_undone(kind, closed_form):
+    """What is left is the model that it started from: as it was pruned, or as the closed-form repair made it."""
     model = tiny_model("llama")
-    pruned = prune_layers(model, remove=[1])
-    plain = weights(pruned)
-    settings = kind(steps=3, learning_rate=1e4, arguments={"max_grad_norm": 0.0})
-    found = repair_model(pruned, model, [0, 2, 3], saying(model, text_batches()), repair=settings)
-    assert not found["kept"] and same(plain, weights(pruned)) and all(p.requires_grad for p in pruned.parameters())
+    data = saying(model, text_batches())
+    pruned, start = (prune_layers(model, remove=[1]) for _ in range(2))
+    settings = kind(steps=3, learning_rate=1e4, closed_form=closed_form, arguments={"max_grad_norm": 0.0})
+    found = repair_model(pruned, model, [0, 2, 3], data, repair=settings)
+    if closed_form:
+        repair_model(start, model, [0, 2, 3], data)
+    assert not found["trained"] and found["kept"] == closed_form
+    assert same(weights(start), weights(pruned)) and all(p.requires_grad for p in pruned.parameters())
+    assert found["held_out_loss"]["repaired"] == found["held_out_loss"]["closed-form" if closed_form else "pruned"]
+
+
+def test_the_text_is_learnt_beside_the_teacher():
+    """With a teacher that knows nothing of the text, its loss falls the more the text weighs."""
+    model = tiny_model("llama")
+    data = text_batches(12, rows=2, tokens=8)
+    for batch in data:
+        batch["input_ids"][:] = torch.arange(3, 11)
+    losses = []
+    for weight in (0.0, 10.0):
+        pruned = prune_layers(model, remove=[1])
+        found = repair_model(pruned, model, [0, 2, 3], data, repair=Finetune(**healing(text_weight=weight)))
+        losses.append(found["held_out_loss"]["repaired"])
+    assert losses[1] < 0.5 * losses[0]
+
+
+def test_an_adapter_fits_the_pruned_model_as_it_is(tmp_path):
+    with pytest.raises(LayerProbeError, match="Leave one of closed_form and adapter_dir out"):
+        Lora(closed_form=True, adapter_dir=str(tmp_path))
 
 
 def test_training_stops_in_time_and_resumes(tmp_path):
@@ -291,3 +319,23 @@ def test_what_cannot_be_repaired(family, data, repair, message):
     with pytest.raises(LayerProbeError) as error:
         prune_layers(model, remove=[1], data=data, repair=repair)
     assert message in str(error.value)
+
+
+def test_a_change_is_seen_under_autocast():
+    """Autocast keeps copies of the weights; with stale ones no step would change the loss, and none be taken."""
+    matrix = torch.nn.Linear(3, 2)
+    site, read = Site(matrix, matrix), torch.ones(1, 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = matrix(read)
+        site.set(site.state(), torch.ones(4, 2))
+        assert (matrix(read) - before - 4).abs().max() < 0.1
+
+
+def test_errors_are_relative_to_the_token():
+    """A token a thousand times as long as the others counts like them, and padding not at all."""
+    batch = {"input_ids": torch.arange(3, 11)[None], "attention_mask": torch.tensor([[1] * 6 + [0] * 2])}
+    track = Track(resolve_stack(tiny_model("llama")), batch, {"use_cache": False})
+    wanted = torch.randn((1, 8, 5), generator=torch.Generator().manual_seed(0))
+    wanted[0, 0] *= 1000
+    found = track.weights(wanted) * wanted.square().sum(-1)
+    assert torch.allclose(found, batch["attention_mask"].float())

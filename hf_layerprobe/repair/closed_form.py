@@ -16,10 +16,10 @@ from .least_squares import Normal, best_change
 from .losses import HeldOutLoss
 from .sites import find_site
 
-# A token whose stream is this many times as long as the median one's is left out: a few of them own the squared error.
-MASSIVE = 4.0
 # How much of a layer's change is tried.
-PARTS = (1.0, 0.5)
+PARTS = (1.0, 0.5, 0.25)
+# Held-out batches that the steps are chosen on; it takes a loss for each part of each layer's change.
+JUDGES = 2
 
 
 class Track:
@@ -31,11 +31,9 @@ class Track:
         self.target = self.stream = self.steps.start
 
     def weights(self, wanted: torch.Tensor) -> torch.Tensor:
-        """Of each token, 1 / ‖wanted‖², so that errors are relative; 0 for massive tokens and padding, `[batch, tokens]`."""
-        norm = wanted.float().norm(dim=-1)
-        counted = torch.ones_like(norm, dtype=torch.bool) if self.steps.mask is None else self.steps.mask
-        used = counted & (norm < MASSIVE * norm[counted].median())
-        return torch.where(used, norm.clamp_min(1e-6) ** -2, 0.0)
+        """Of each token, 1 / ‖wanted‖², so that errors are relative; 0 for padding, `[batch, tokens]`."""
+        weights = wanted.float().norm(dim=-1).clamp_min(1e-6) ** -2
+        return weights if self.steps.mask is None else torch.where(self.steps.mask, weights, 0.0)
 
 
 def fit(
@@ -43,7 +41,6 @@ def fit(
     pruned: LayerStack,
     keep: Sequence[int],
     fitted: Sequence[Batch],
-    held_out: Sequence[Batch],
     loss: HeldOutLoss,
     fixed: dict[str, Any],
 ) -> list[dict[str, Any]]:
@@ -51,17 +48,17 @@ def fit(
 
     Our own method, after ReplaceMe (arXiv 2505.02819) and LinearPatch (arXiv 2505.24680), which fit one map at one cut: each
     layer of the pruned model, reading what the repaired layers before it wrote, is brought towards the stream that the
-    original has after the layer in its place and the removed ones behind it. Errors are relative to the token's stream,
-    massive tokens are left out, and each channel's ridge (or no change) is chosen on the held-out batches. A layer's change is
-    then taken whole, by half, or not at all, whichever gives the least loss on those.
+    original has after the layer in its place and the removed ones behind it. Errors are relative to the token's stream, so
+    that the few massive tokens neither own the squared error nor go unseen: without them, a fit is free to break what all
+    others attend to. Each channel's ridge (or no change) is chosen on the held-out batches. A layer's change is
+    then taken whole, in part, or not at all, whichever gives the least loss on the first of those.
 
     Args:
         original: The stack of the untouched model.
         pruned: The stack of the pruned one; changed in place.
         keep: The original's layers in it.
         fitted: Batches to fit on.
-        held_out: Batches to choose by.
-        loss: What is measured on the held-out batches.
+        loss: What is measured, and the held-out batches to choose by: ridges by all of them, steps by the first few.
         fixed: Further arguments of the original's forward pass.
 
     Returns:
@@ -71,9 +68,10 @@ def fit(
     Raises:
         LayerProbeError: Layers that cannot be run one at a time, or whose last matrix is not simply added.
     """
-    wanted_outputs = [loss.wanted(batch) for batch in held_out]
-    parts = [[Track(original, batch, fixed) for batch in batches] for batches in (fitted, held_out)]
+    parts = [[Track(original, batch, fixed) for batch in batches] for batches in (fitted, loss.batches)]
     tracks = [track for part in parts for track in part]
+    judges = parts[1][:JUDGES]
+    wanted_outputs = [loss.wanted(track.batch) for track in judges]
     first_cut = next(i for i in range(original.num_layers) if i not in keep)
     changed, least = [], None
     for position, index in enumerate(progress(keep, desc="Closed-form repair", unit="layer")):
@@ -87,7 +85,7 @@ def fit(
                 track.stream = track.target
             continue
         if least is None:
-            least = _loss(pruned, keep, position, parts[1], wanted_outputs, loss)
+            least = _loss(pruned, keep, position, judges, wanted_outputs, loss)
         site = find_site(layer, lambda: tracks[0].steps.run(layer, index, tracks[0].stream))  # noqa: B023
         sums = [Normal(), Normal()]
         for part, equations in zip(parts, sums, strict=True):
@@ -100,7 +98,9 @@ def fit(
         before, taken = site.state(), 0.0
         for part_taken in PARTS:
             site.set(before, part_taken * change)
-            value = _loss(pruned, keep, position, parts[1], wanted_outputs, loss)
+            value = _loss(pruned, keep, position, judges, wanted_outputs, loss)
+            if value >= least and taken:  # a smaller step is no better
+                break
             if value < least:
                 least, taken = value, part_taken
         site.set(before, taken * change)

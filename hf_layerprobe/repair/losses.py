@@ -70,7 +70,7 @@ class HeldOutLoss:
         """
         if self.name == LABELS:
             count = int((batch["labels"] != IGNORED).sum())
-            return found.loss.item() * count, count
+            return found.loss.item() * count if count else 0.0, count
         if self.name == NEXT:
             ids = batch["input_ids"]
             mask = batch.get("attention_mask", torch.ones_like(ids))

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..activations import batches
 from ..activations.fingerprint import used_text
+from ..activations.text import Batch
 from ..errors import LayerProbeError
 from ..modes import evaluating
 from ..stacks import LayerStack, resolve_stack
@@ -24,6 +25,7 @@ from .training import teacher_map, train
 logger = logging.get_logger(__name__)
 # One batch in so many is not fitted to: choices are made on it, and whether the repair is kept.
 HELD_OUT = 4
+MOST_HELD_OUT = 16
 PRIVATE = ("output_dir", "adapter_dir", "arguments")
 
 
@@ -74,45 +76,79 @@ def repair_model(
             f"The data makes {len(rows)} batch of at most {settings.batch_size} sequences; a repair needs at least two, one "
             "to fit and one to check on. Pass more."
         )
-    held_out = rows[1::HELD_OUT]
-    fitted = [row for number, row in enumerate(rows) if number % HELD_OUT != 1]
+    chosen = set(range(1, len(rows), HELD_OUT)) if isinstance(settings, ClosedForm) else _spread(len(rows))
+    held_out = [row for number, row in enumerate(rows) if number in chosen]
+    fitted = [row for number, row in enumerate(rows) if number not in chosen]
     loss = HeldOutLoss(original, held_out)
     losses = {"original": loss.of(original), "pruned": loss.of(pruned)}
     used = {"data": used_text(rows, original)} if all("input_ids" in row for row in rows) else {}
     report: dict[str, Any] = {**used, "method": settings.name, "settings": _recorded(settings), "loss": loss.name}
-    if isinstance(settings, ClosedForm):
-        kept = _closed_form(before, after, keep, fitted, held_out, loss, losses, report)
-    else:
+    rows = fitted if isinstance(settings, ClosedForm) else _first(fitted, ClosedForm.max_tokens)
+    kept = False
+    if isinstance(settings, ClosedForm) or settings.closed_form:
+        try:
+            report["layers"] = _closed_form(before, after, keep, rows, loss)
+        except LayerProbeError as error:
+            if isinstance(settings, ClosedForm):
+                raise
+            logger.info(f"The training starts without the closed-form repair: {error}")
+        losses["closed-form"] = losses["repaired"] = loss.of(pruned)
+        kept = bool(report.get("layers"))
+    if not isinstance(settings, ClosedForm):
+        start = losses.get("closed-form", losses["pruned"])
 
         def improves(model: PreTrainedModel) -> bool:
-            losses["repaired"] = loss.of(model)
-            return losses["repaired"] < losses["pruned"]  # false for NaN too
+            losses["trained"] = loss.of(model)
+            return losses["trained"] < start  # false for NaN too
 
         with evaluating(original, pruned):  # the Trainer's modes are not the caller's
-            kept = train(after, before, keep, fitted, settings, improves)
+            report["trained"] = train(after, before, keep, fitted, settings, improves)
         report["teacher_map"] = {str(s): t for s, t in teacher_map(keep, before.num_layers).items()}
+        losses["repaired"] = losses["trained"] if report["trained"] else start
+        kept = kept or report["trained"]
+        if not report["trained"]:
+            logger.warning(
+                f"The training was undone: the held-out loss ({loss.name}) was {start:.4f} before it and "
+                f"{losses['trained']:.4f} after."
+            )
     if not kept:
         logger.warning(
-            f"The {settings.name} repair was undone: the held-out loss ({loss.name}) was {losses['pruned']:.4f} before it and "
-            f"{losses['repaired']:.4f} after."
+            f"The {settings.name} repair was undone: no change made the held-out loss ({loss.name}) less than "
+            f"{losses['pruned']:.4f}, that of the pruned model as it is."
         )
     return {**report, "kept": kept, "held_out_loss": losses}
 
 
-def _closed_form(before, after, keep, fitted, held_out, loss, losses, report) -> bool:
+def _closed_form(before, after, keep, fitted, loss) -> list[dict[str, Any]]:
+    """What each layer gained; no layer is changed, and the list is empty, where the loss does not improve."""
     original, pruned = before.model, after.model
     fixed = {"use_cache": False} if "use_cache" in inspect.signature(original.forward).parameters else {}
     state = {name: tensor.clone() for name, tensor in after.layers.state_dict().items()}
-    kept = False
+    kept, least = False, loss.of(pruned)
     try:
         with evaluating(original, pruned), torch.no_grad():
-            report["layers"] = closed_form.fit(before, after, keep, fitted, held_out, loss, fixed)
-        losses["repaired"] = loss.of(pruned)
-        kept = losses["repaired"] < losses["pruned"]
+            layers = closed_form.fit(before, after, keep, fitted, loss, fixed)
+        kept = loss.of(pruned) < least
     finally:
         if not kept:
             after.layers.load_state_dict(state)
-    return kept
+    return layers if kept else []
+
+
+def _first(rows: Sequence[Batch], max_tokens: int) -> list[Batch]:
+    """The first batches, at least one, with no more tokens than that."""
+    taken, tokens = [], 0
+    for row in rows:
+        tokens += next(iter(row.values())).shape[:2].numel()
+        if taken and tokens > max_tokens:
+            break
+        taken.append(row)
+    return taken
+
+
+def _spread(number: int) -> set[int]:
+    """One batch in four, at most sixteen: a training is judged once, and what is held out is not learnt from."""
+    return set(range(1, number, max(HELD_OUT, number // MOST_HELD_OUT)))
 
 
 def _recorded(settings: Repair) -> dict[str, Any]:

@@ -27,33 +27,39 @@ class ClosedForm:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Training of the layers beside the cuts, through `Trainer`.
+    """Training of the pruned model's layers, through `Trainer`, after the closed-form repair.
 
     Attributes:
-        beside: Layers to train on either side of each cut.
+        beside: Train only so many layers on either side of each cut; None for all. Embeddings and head are never trained.
+        closed_form: Start from the closed-form repair of the same data; left out where the layers do not allow it.
         teacher: Learn from the untouched model's logits and hidden states; False learns from the batches' own labels, or
             the next tokens.
+        text_weight: Weight of the text itself beside the logits (the next-token loss of the batches' labels, or of every
+            token where they have none); of causal language models with a teacher only.
         hidden_weight: Weight of the hidden states beside the logits (relative squared error after each layer that stands in
             for removed ones); with a teacher only.
         steps: Batches to train on; one pass over the data by default.
         minutes: Stop after so long.
         learning_rate: The highest; it falls to zero along a cosine.
-        max_tokens: Tokens of the data to use, a quarter of them held out; None for all. The default is some minutes of a small
-            model on a laptop; a GPU takes millions.
+        max_tokens: Tokens of the data to use; one batch in four, and at most sixteen, is held out. None for all. The default
+            is some minutes of a small model on a laptop; a GPU takes millions.
         max_length: Tokens a sequence.
         batch_size: Sequences a batch.
         output_dir: Keep the Trainer's checkpoints here, and go on from the last one that is there.
-        arguments: Further `TrainingArguments`: `report_to`, `bf16`, `gradient_accumulation_steps`, `save_steps` and so on.
+        arguments: Further `TrainingArguments`: `report_to`, `gradient_accumulation_steps`, `save_steps` and so on. bf16
+            autocast is on where the hardware gains from it, unless they say `bf16=False`.
     """
 
-    beside: int = 2
+    beside: int | None = None
+    closed_form: bool = True
     teacher: bool = True
+    text_weight: float = 0.5
     hidden_weight: float = 0.1
     steps: int | None = None
     minutes: float | None = None
-    learning_rate: float = 1e-4
-    max_tokens: int | None = 131072
-    max_length: int = 512
+    learning_rate: float = 3e-4
+    max_tokens: int | None = 262144
+    max_length: int = 256
     batch_size: int = 4
     output_dir: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -67,14 +73,22 @@ class Lora(Finetune):
 
     Attributes:
         rank: Rank of the adapter.
-        adapter_dir: Also keep the adapter here, as PEFT saves it.
+        adapter_dir: Also keep the adapter here, as PEFT saves it: for the pruned model as it is, so without `closed_form`.
     """
 
+    closed_form: bool = False
     learning_rate: float = 5e-4
     rank: int = 16
     adapter_dir: str | None = None
 
     name = "lora"
+
+    def __post_init__(self):
+        if self.closed_form and self.adapter_dir is not None:
+            raise LayerProbeError(
+                "An adapter that is kept has to fit the pruned model as it is, and closed_form=True changes that model before "
+                "the adapter is trained. Leave one of closed_form and adapter_dir out."
+            )
 
 
 REPAIRS = {each.name: each for each in (ClosedForm, Lora, Finetune)}

