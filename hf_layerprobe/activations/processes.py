@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.data_loader import DataLoaderAdapter
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
+
+T = TypeVar("T")
 
 
 def is_share(data: Any) -> bool:
@@ -45,6 +47,13 @@ def add_up(accumulators: Sequence[Any]) -> None:
             other = copy.deepcopy(accumulator)
             other.load_state_dict(state)
             accumulator.merge(other)
+
+
+def of_first(mine: T) -> T:
+    """What the first process has, in all of them; all processes of the default group have to call it."""
+    found = [mine]
+    distributed.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def joined(fingerprint: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerState
 from transformers.utils import logging
 
+from ..activations.processes import of_first
 from ..errors import LayerProbeError
 from ..scores.bounded import TimeSlice
 from ..scores.drift import Start, save_start, start_of
@@ -23,6 +25,7 @@ from .passes import Passes
 from .weights_now import docs_now, drift_now
 
 logger = logging.get_logger(__name__)
+T = TypeVar("T")
 
 
 class WatchedModel:
@@ -93,9 +96,11 @@ class WatchedModel:
 
     def take_start(self, path: Path, state: TrainerState, sample: int | None) -> None:
         """Keeps the weights that drift is measured from, or finds those that an interrupted run has kept."""
-        if self.weights is None or (path.is_file() and state.global_step > 0) or not self._takes_part(state):
+        if self.weights is None or not self._takes_part(state):
             return
         if state.global_step > 0:
+            if self._of_main(path.is_file()):
+                return
             logger.warning(f"Drift is measured from step {state.global_step} on: {path} is not there.")
         try:
             rows = start_of(self.weights, sample=sample)
@@ -119,7 +124,14 @@ class WatchedModel:
         """Drift now from the start kept at `path`, in the same way."""
 
         def measure(time_slice):
-            start = Start(path) if state.is_world_process_zero else None
+            start = refusal = None
+            if state.is_world_process_zero:
+                try:
+                    start = Start(path)
+                except LayerProbeError as error:
+                    refusal = str(error)
+            if refusal := self._of_main(refusal):
+                raise LayerProbeError(refusal)
             return drift_now(self.weights, start, self.layers, self.weights_label, time_slice, self.width)
 
         return self._measured("Drift", state, measure, max_seconds)
@@ -136,6 +148,10 @@ class WatchedModel:
     @property
     def _sharded(self) -> bool:
         return is_sharded(self.stack.layers[0])
+
+    def _of_main(self, found: T) -> T:
+        """What the main process has found, since all have to gather the weights, or none."""
+        return of_first(found) if self._sharded else found
 
     def _takes_part(self, state: TrainerState) -> bool:
         """The main process alone; all where each holds a part of the weights."""

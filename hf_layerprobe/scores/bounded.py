@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import distributed
 
+from ..activations.processes import of_first
 from ..weights import LiveWeights, one_matrix
 from .docs import chance_level, docs_index
 from .matching import best_matches
@@ -56,10 +56,8 @@ class TimeSlice:
     def _over(self, expected: float) -> bool:
         if self.seconds is None:
             return False
-        over = [self.spent + expected > self.seconds]
-        if self.together:
-            distributed.broadcast_object_list(over, src=0)
-        return over[0]
+        over = self.spent + expected > self.seconds
+        return of_first(over) if self.together else over
 
 
 @dataclass
