@@ -20,7 +20,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_layerprobe import LayerProbeCallback, LayerProbeHistory, docs, score_layers
+from hf_layerprobe import LayerProbeCallback, LayerProbeHistory, PruneOnTrainEndCallback, docs, score_layers
 from hf_layerprobe.scores import matching
 
 EVALS = dict(eval_strategy="steps", eval_steps=2)
@@ -277,6 +277,7 @@ def test_the_log_line_of_each_slice_is_for_info_only(make_trainer, caplog):
 def test_sft_trainer(tmp_path):
     import trl  # slow, and only needed here
 
+    end = PruneOnTrainEndCallback(num_layers=1)
     texts = Dataset.from_dict({"text": ["the quick brown fox jumps over the lazy dog"] * 8})
     args = trl.SFTConfig(
         str(tmp_path), max_steps=4, max_length=32, per_device_train_batch_size=2, use_cpu=True, bf16=False,
@@ -284,8 +285,11 @@ def test_sft_trainer(tmp_path):
     )  # fmt: skip
     trainer = trl.SFTTrainer(
         tiny_model("llama"), args, train_dataset=texts, eval_dataset=texts, processing_class=tiny_tokenizer(),
-        callbacks=[LayerProbeCallback(("avss", "docs", "drift"))],
+        callbacks=[LayerProbeCallback(("avss", "docs", "drift")), end],
     )  # fmt: skip
     trainer.train()
+    assert (
+        end.before["loss"] == pytest.approx(trainer.evaluate()["eval_loss"]) and end.after["loss"] != end.before["loss"]
+    )
     assert LayerProbeHistory.load(tmp_path)["avss"].shape == (2, LAYERS)
     assert logged(entries(trainer)[-1]) == pytest.approx(expected(trainer).tolist(), rel=1e-6)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
@@ -19,7 +20,7 @@ from ..plan import PruningPlan, plan_pruning, requested
 from ..scores import LayerScores
 from ..scores.registry import get_score
 from ..scores.run import ALIASES
-from ..stacks import LayerStack, resolve_stack
+from ..stacks import LayerStack, bypassed, resolve_stack
 from ..stacks.admissible import least_worth
 from ..surgery import prune_layers
 from .measurement import PREFIX
@@ -36,7 +37,7 @@ class PruneOnTrainEndCallback(TrainerCallback):
     """When training ends, prunes a copy of the model, evaluates both and saves the smaller: `PruneOnTrainEndCallback(ratio=0.25)`.
 
     The Trainer's own evaluation runs on the trained model (the best one, with `load_best_model_at_end`), and the score is
-    measured on its batches; then it runs on the pruned model. The Trainer's model is left as it is. The pruned one is
+    measured on its batches; then it runs without the removed layers. The Trainer's model is left as it is. The pruned one is
     verified and saved in `output_dir/pruned-<step>`, beside the checkpoints, with the tokenizer, the plan and a model card;
     with `push_to_hub=True` in the arguments of the Trainer it goes to `<hub_model_id>-pruned`, with the same token, privacy
     and revision.
@@ -55,7 +56,8 @@ class PruneOnTrainEndCallback(TrainerCallback):
         pruned: The pruned model.
         plan: The plan that was carried out.
         before: Metrics of the trained model.
-        after: Metrics of the pruned model.
+        after: Metrics of the pruned model: those of the trained one with these layers bypassed, which is what the pruned
+            one is verified against.
 
     Raises:
         LayerProbeError: An unknown score, or one that needs data of its own; neither or both of `ratio` and `num_layers`.
@@ -128,7 +130,10 @@ class PruneOnTrainEndCallback(TrainerCallback):
                 model, self.plan, tokenizer=tokenizer, output_dir=folder, verify=self.verify, **push
             )
         if trainer.eval_dataset is not None:
-            self.after = _evaluate(trainer, self.pruned, None)
+            # What a Trainer has put around its model (TRL a head of its own) is not around another one. Compiled graphs
+            # know no hooks that come later.
+            with torch.compiler.set_stance("force_eager"), bypassed(found, self.plan.remove):
+                self.after = _evaluate(trainer, model, None)
         logger.warning(f"{self.plan}; saved in {folder.name}.{_side_by_side(self.before, self.after)}")
 
     def _plan(self, stack: LayerStack, passes: Passes) -> PruningPlan:
@@ -159,7 +164,7 @@ class _Counts(TrainerCallback):
 
 
 def _evaluate(trainer: Trainer, model: nn.Module, passes: Passes | None) -> dict[str, float]:
-    """The Trainer's evaluation of a model, unseen by its callbacks and trackers."""
+    """The Trainer's evaluation of its model, unseen by its callbacks and trackers."""
     twin = copy.copy(trainer)
     for name in ("evaluation_loop", "training_step"):  # what other callbacks have put around the Trainer's own
         vars(twin).pop(name, None)
@@ -173,16 +178,7 @@ def _evaluate(trainer: Trainer, model: nn.Module, passes: Passes | None) -> dict
         None,
     )
     twin.model = twin.model_wrapped = model
-    prepared = model is not trainer.model
-    if prepared:  # as the Trainer's own was: autocast, and compilation
-        twin.accelerator.prepare_model(model, evaluation_mode=True)
-    try:
-        metrics = twin.evaluate()
-    finally:
-        if prepared:
-            twin.accelerator._models.pop()
-            for name in ("forward", "_original_forward"):
-                vars(model).pop(name, None)
+    metrics = twin.evaluate()
     return {
         name.removeprefix("eval_"): value
         for name, value in metrics.items()
