@@ -80,9 +80,10 @@ def test_what_does_not_hold_elsewhere_is_not_fitted():
     fit.update(read, residual, weight)
     same_again.update(read, residual, weight)
     opposite.update(read, -residual, weight)
-    change, share = best_change(fit, same_again)
+    written = torch.zeros(5, 2)
+    change, share = best_change(fit, same_again, written)
     assert change.abs().min() > 0 and share > 0
-    change, share = best_change(fit, opposite)
+    change, share = best_change(fit, opposite, written)
     assert change.abs().max() == 0 and share == 0
 
 
@@ -94,8 +95,25 @@ def test_each_channel_has_its_own_ridge():
         read = torch.randn((60, 20), generator=generator)
         residual = torch.stack([read[:, 0], 1000 * torch.randn(60, generator=generator)], dim=1)
         each.update(read, residual, torch.ones(60))
-    change, _ = best_change(*equations)
+    change, _ = best_change(*equations, torch.zeros(20, 2))
     assert change[0, 0] > 0.9 and equations[1].error_of(change)[1] <= equations[1].error[1]
+
+
+def test_a_channel_can_just_be_rescaled():
+    """One number a channel, against NumPy; where there are fewer tokens than weights, it is what holds elsewhere."""
+    generator = np.random.default_rng(0)
+    written, scales = generator.normal(size=(30, 3)), np.array([0.5, -0.2, 2.0])
+    equations = [Normal(), Normal()]
+    for each, number in zip(equations, (12, 200), strict=True):
+        read = generator.normal(size=(number, 30))
+        residual = read @ written * scales + generator.normal(size=(number, 3))
+        each.update(*(torch.tensor(value, dtype=torch.float32) for value in (read, residual, np.ones(number))))
+        if number == 12:
+            found = equations[0].rescaling(torch.tensor(written, dtype=torch.float32))
+            wanted = [np.linalg.lstsq((read @ written)[:, [j]], residual[:, j])[0][0] for j in range(3)]
+            assert np.allclose(found, written * wanted, atol=1e-4)
+    change, _ = best_change(*equations, torch.tensor(written, dtype=torch.float32))
+    assert torch.equal(change, found)
 
 
 def test_a_layer_that_writes_a_constant_is_replaced_exactly():

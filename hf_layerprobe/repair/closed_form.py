@@ -50,8 +50,9 @@ def fit(
     layer of the pruned model, reading what the repaired layers before it wrote, is brought towards the stream that the
     original has after the layer in its place and the removed ones behind it. Errors are relative to the token's stream, so
     that the few massive tokens neither own the squared error nor go unseen: without them, a fit is free to break what all
-    others attend to. Each channel's ridge (or no change) is chosen on the held-out batches. A layer's change is
-    then taken whole, in part, or not at all, whichever gives the least loss on the first of those.
+    others attend to. Each channel is refitted with a ridge, only rescaled (as LinearPatch does at the cut) or left alone,
+    whichever leaves the least error on the held-out batches. A layer's change is then taken whole, in part, or not at all,
+    whichever gives the least loss on the first of those.
 
     Args:
         original: The stack of the untouched model.
@@ -94,7 +95,7 @@ def fit(
                 wanted = site.wanted(total, track.target)
                 read, residual, weights = _with_bias(read, site.matrix), wanted - total, track.weights(wanted)
                 equations.update(read.flatten(0, -2), residual.flatten(0, -2), weights.flatten())
-        change, share = best_change(*sums)
+        change, share = best_change(*sums, site.written())
         before, taken = site.state(), 0.0
         for part_taken in PARTS:
             site.set(before, part_taken * change)

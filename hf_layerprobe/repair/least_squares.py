@@ -40,25 +40,39 @@ class Normal:
         factor, failed = torch.linalg.cholesky_ex(self.gram + penalty * torch.eye(len(self.gram)).to(self.gram))
         return None if failed else torch.cholesky_solve(self.cross, factor)
 
+    def rescaling(self, written: torch.Tensor) -> torch.Tensor:
+        """The change that scales each channel of what the matrix writes, one number a channel, `[in, out]`.
+
+        Args:
+            written: The matrix as it is, `[in, out]`.
+        """
+        with torch.autocast(written.device.type, enabled=False):
+            size = (written * (self.gram @ written)).sum(0)
+        return (written * self.cross).sum(0) / size.clamp_min(torch.finfo(size.dtype).tiny) * written
+
     def error_of(self, change: torch.Tensor) -> torch.Tensor:
         """Σ w (residual − read · change)², from the sums alone, `[out]`."""
         with torch.autocast(change.device.type, enabled=False):
             return self.error + (((self.gram @ change) - 2 * self.cross) * change).sum(0)
 
 
-def best_change(fit: Normal, held_out: Normal) -> tuple[torch.Tensor, float]:
-    """For each channel the ridge solution, or no change, with the least error on tokens that it was not fitted to.
+def best_change(fit: Normal, held_out: Normal, written: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """For each channel the ridge solution, the rescaling, or no change, with the least error on tokens it was not fitted to.
 
     Channel by channel, since a few channels of the stream are hundreds of times as large as the others: the ridge that
     suits them lets the others follow noise.
+
+    Args:
+        fit: The equations of the tokens to fit to.
+        held_out: Those of the tokens to choose by.
+        written: The matrix as it is, `[in, out]`.
 
     Returns:
         The change, `[in, out]`, and the share of the held-out error that it takes away, averaged over channels.
     """
     least = held_out.error.clone()
     found = torch.zeros_like(fit.cross)
-    for ridge in RIDGES:
-        change = fit.solve(ridge)
+    for change in (fit.rescaling(written), *map(fit.solve, RIDGES)):
         if change is None:
             continue
         error = held_out.error_of(change)

@@ -60,6 +60,12 @@ class Site:
         shape = (target - self.norm.bias) / gain
         return total.mean(-1, keepdim=True) + total.std(-1, correction=0, keepdim=True) * shape
 
+    def written(self) -> torch.Tensor:
+        """The matrix as it is, its bias in the last row if it has one, `[in (+ 1), hidden]`."""
+        weight = self.matrix.weight if isinstance(self.matrix, Conv1D) else self.matrix.weight.T
+        rows = weight if self.matrix.bias is None else torch.cat([weight, self.matrix.bias[None]])
+        return rows.detach().float()
+
     def state(self) -> dict[str, torch.Tensor]:
         """A copy of the matrix's weight and bias."""
         return {name: tensor.clone() for name, tensor in self.matrix.state_dict().items()}
