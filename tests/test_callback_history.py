@@ -226,6 +226,14 @@ def test_what_never_comes_is_said_in_one_line(make_trainer, caplog, callback, ar
     assert len(caplog.records) == 1
 
 
+def test_an_evaluation_without_data_is_said_in_one_line(make_trainer, caplog):
+    trainer = make_trainer(LayerProbeCallback(), evaluation=rows(2, 3).select([]))
+    with caplog.at_level("WARNING", "hf_layerprobe"):
+        trainer.evaluate()
+    assert [record.getMessage() for record in caplog.records] == ["avss are not logged: there were no batches."]
+    assert "layerprobe/docs/q/mean_neighbour" in entries(trainer)[0]
+
+
 def test_a_bounded_slice_is_said_in_the_log(make_trainer, caplog):
     trainer = make_trainer(LayerProbeCallback(("docs", "drift"), every=4, max_seconds=0, sample=8))
     with caplog.at_level("INFO", "hf_layerprobe"):

@@ -307,7 +307,10 @@ class LayerProbeCallback(TrainerCallback, ExportableState):
             return []
         passes, found = self._watched.passes, []
         passes.add_up()
-        if passes.missed or not passes.seen:
+        if not passes.missed and not passes.seen:
+            logger.warning(f"{', '.join(self._activations)} are not logged: there were no batches.")
+            return []
+        if passes.missed:
             logger.warning(
                 f"{', '.join(self._activations)} are not logged: of {passes.seen + passes.missed} batches, {passes.missed} "
                 "could not be measured. A callback added to a Trainer that has not trained misses its first evaluate(): "
