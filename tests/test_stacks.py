@@ -176,3 +176,13 @@ def test_both_streams_of_a_layer_are_bypassed():
     with torch.no_grad(), bypassed(stack, [0]):
         expected = model(**inputs).last_hidden_state
     torch.testing.assert_close(pruned(**inputs).last_hidden_state, expected)
+
+
+def test_bypassed_layers_that_return_what_is_to_be_added_add_nothing():
+    config = tf.SuperGlueConfig(
+        hidden_size=16, keypoint_encoder_sizes=[8, 16], gnn_layers_types=["self", "cross"] * 2, num_attention_heads=2
+    )
+    model = redrawn(tf.SuperGlueForKeypointMatching(config))
+    keypoints = torch.randn(2, 5, 16)
+    with torch.no_grad(), bypassed(find_stacks(model)[0], range(4)):
+        assert torch.equal(model.gnn(keypoints)[0], keypoints)

@@ -11,6 +11,8 @@ from torch import nn
 
 from .find import LayerStack, find_stacks
 
+# Layers that return what is to be added to the stream, for the code around them to add.
+UPDATES = frozenset(["SuperGlueAttentionalPropagation"])
 STREAM_NAMES = ("hidden_states", "hidden_state", "prev_attn_output")
 
 
@@ -61,7 +63,8 @@ def bypassed(stack: LayerStack, layers: Iterable[int]) -> Iterator[set[int]]:
     handles = []
     for modules in lists:
         for i in layers:
-            if isinstance(modules[i], nn.LayerNorm) or (any(modules is each for each in passing) and not is_parts):
+            is_layer = any(modules is each for each in passing) and type(modules[i]).__name__ not in UPDATES
+            if isinstance(modules[i], nn.LayerNorm) or (is_layer and not is_parts):
                 hook = modules[i].register_forward_hook(partial(hand_on, i), with_kwargs=True, prepend=True)
             else:
                 hook = modules[i].register_forward_hook(partial(add_nothing, i), prepend=True)

@@ -25,6 +25,8 @@ def without(lists: Sequence[nn.ModuleList], removed: Sequence[int]) -> Iterator[
     """
     # XLM keeps the attentions, MLPs and norms of its layers in lists of their own and adds them up outside.
     is_parts = any(isinstance(layers[0], nn.LayerNorm) for layers in lists)
+    # SuperGlue's layers return what is to be added, too.
+    is_parts |= type(lists[0][0]).__name__ == "SuperGlueAttentionalPropagation"
     handles = [
         layers[i].register_forward_hook(
             _nothing if is_parts and not isinstance(layers[i], nn.LayerNorm) else _unchanged,

@@ -156,7 +156,7 @@ NARROW: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         (r"projection_dim$", lambda value, size, node: size.hidden if value >= 40 else value),
         (r"(d_latents|(.*_)?hidden_size|(.*_)?d_model|n_embd|(.*_)?embed_dim|emb_dim|dim|model_dim|hidden_dim"
          r"|(.*_)?embedding_size|word_embed_proj_dim|d_embed|width|hidden_channels|(.*_)?embedding_dim|lru_width"
-         r"|hidden_width|(.*_)?output_dim|qformer.*hidden.*)$", _wide),
+         r"|hidden_width|(.*_)?output_dim|projector_input_dim|qformer.*hidden.*)$", _wide),
         (r"intermediate_size$", _inner),
         (r".*(intermediate_size|ffn_dim|mlp_dim|d_ff|n_inner|d_inner|ffn_hidden_size|feedforward_dim|ffn_size|linear_units"
          r"|shared_intermediate)", lambda value, size, node: 2 * size.hidden if value >= 64 else value),
