@@ -33,12 +33,14 @@ class TokenSums(NamedTuple):
         squares: Sum of squares.
         small: How many are below the threshold in magnitude.
         largest: The largest magnitude.
+        limited: Sum and sum of squares with limited magnitudes; `None` if no limit was given.
     """
 
     sums: torch.Tensor
     squares: torch.Tensor
     small: torch.Tensor
     largest: torch.Tensor
+    limited: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def token_squares(values: torch.Tensor, minus: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,7 +72,12 @@ def token_rms(values: torch.Tensor) -> torch.Tensor:
 
 
 def token_sums(
-    values: torch.Tensor, minus: torch.Tensor | None = None, *, below: float, unit: torch.Tensor | None = None
+    values: torch.Tensor,
+    minus: torch.Tensor | None = None,
+    *,
+    below: float,
+    unit: torch.Tensor | None = None,
+    clip: float | None = None,
 ) -> TokenSums:
     """All numbers of each token.
 
@@ -78,45 +85,51 @@ def token_sums(
         values: `[batch, tokens, width]`; must not be written to while it lives.
         minus: `[batch, tokens, width]` to subtract first.
         below: Threshold of a small value.
-        unit: Of the threshold, `[batch, tokens]` from [`token_rms`]; of `minus`, if there is one.
+        unit: Of the thresholds, `[batch, tokens]` from [`token_rms`]; of `minus`, if there is one.
+        clip: Limit of the magnitudes in `limited`. Ask with it first: who asks without finds the other numbers then.
     """
     known = _sums.setdefault(values, {})
     # The entry keeps the unit, and with it the meaning of its id.
     key = below, id(unit), minus is None
-    if key not in known:
-        known[key] = unit, _token_sums(values, minus, below, unit)
-    return known[key][1]
+    if key not in known or clip not in (None, known[key][1]):
+        known[key] = unit, clip, _token_sums(values, minus, below, unit, clip)
+    return known[key][2]
 
 
-def clipped_sums(
-    values: torch.Tensor, minus: torch.Tensor | None, *, clip: float, unit: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums and sums of squares of each token, `[batch, tokens]`, with no magnitude above `clip` units."""
-    sums, norms = [], []
-    bounds = (clip * unit).to(_dtype(values, minus)).reshape(-1, 1)
-    for (piece, _), bound in zip(_pieces(values, minus), bounds.split(_size(values)), strict=True):
-        torch.clamp(piece, -bound, bound, out=piece)
-        sums.append(piece.sum(-1))
-        norms.append(torch.linalg.vector_norm(piece, dim=-1))
-    sums, norms = (torch.cat(each).to(widest(values.device)).view(values.shape[:2]) for each in (sums, norms))
-    return sums, norms.square_()
-
-
-def _token_sums(values, minus, below: float, unit: torch.Tensor | None) -> TokenSums:
+def _token_sums(values, minus, below: float, unit: torch.Tensor | None, clip: float | None) -> TokenSums:
     rows, wide, single = values.shape[:2], widest(values.device), _single(values)
-    limit = torch.full(rows, below, dtype=wide, device=values.device) if unit is None else below * unit
-    limits = _rounded_up(limit, single).reshape(-1, 1).split(_size(values))
-    sums, norms, small, largest = [], [], [], []
-    spare = torch.empty(_size(values), values.shape[-1], dtype=single, device=values.device)
-    for (piece, source), limit in zip(_pieces(values, minus), limits, strict=True):
+    if unit is None:
+        unit = torch.ones(rows, dtype=wide, device=values.device)
+    limits = _rounded_up(below * unit, single).reshape(-1, 1).split(_size(values))
+    bounds = (((clip or 1) * unit).to(_dtype(values, minus))).reshape(-1, 1).split(_size(values))
+    found: list[list[torch.Tensor]] = [[] for _ in range(6)]
+    sums, norms, small, largest, limited, limited_norms = found
+    size = _size(values), values.shape[-1]
+    spare = torch.empty(size, dtype=single, device=values.device)
+    other = spare if clip is None else torch.empty(size, dtype=_dtype(values, minus), device=values.device)
+    for (piece, source), limit, bound in zip(_pieces(values, minus), limits, bounds, strict=True):
         sums.append(piece.sum(-1))
         norms.append(torch.linalg.vector_norm(piece, dim=-1))
-        magnitudes = piece.abs_() if minus is not None else spare[: len(piece)].copy_(source).abs_()
+        magnitudes = spare[: len(piece)]
+        if clip is not None:
+            within = torch.minimum(piece, bound, out=other[: len(piece)])  # clamp takes five times as long
+            torch.maximum(within, -bound, out=within)
+            limited.append(within.sum(-1))
+            limited_norms.append(torch.linalg.vector_norm(within, dim=-1))
+        if minus is not None:
+            magnitudes = piece.abs_()
+        elif source.dtype == single:
+            torch.abs(source, out=magnitudes)
+        else:
+            magnitudes.copy_(source).abs_()
         largest.append(magnitudes.amax(-1))
         small.append(magnitudes.lt_(limit).sum(-1))
     squares = _remember(values, minus, norms)
     sums, small, largest = (torch.cat(each).to(wide).view(rows) for each in (sums, small, largest))
-    return TokenSums(sums, squares, small, largest)
+    if clip is None:
+        return TokenSums(sums, squares, small, largest)
+    limited, limited_norms = (torch.cat(each).to(wide).view(rows) for each in (limited, limited_norms))
+    return TokenSums(sums, squares, small, largest, (limited, limited_norms.square_()))
 
 
 def _single(values: torch.Tensor) -> torch.dtype:

@@ -23,7 +23,11 @@ logger = logging.get_logger(__name__)
 
 
 class Accumulator(Protocol):
-    """Statistics of the residual stream around each layer, and of its sublayers if the attribute `sites` names some."""
+    """Statistics of the residual stream around each layer, and of its sublayers if the attribute `sites` names some.
+
+    Those with a higher attribute `asks` (0 without one) are fed first: they ask for more numbers of the same activations,
+    among which the others find theirs.
+    """
 
     def update(
         self, layer: int, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None, **sites: torch.Tensor
@@ -56,7 +60,7 @@ class LayerStream:
 
     def __init__(self, stack: LayerStack | None, accumulators: Sequence[Accumulator] = (), *, guest: bool = False):
         self.stack = stack
-        self.accumulators = accumulators
+        self.accumulators = sorted(accumulators, key=lambda each: -getattr(each, "asks", 0))
         self.guest = guest
         self._taps = {site: find_taps(stack, site) for site in _sites(accumulators)}
         self._model_hooks: list = []

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..activations import SITES, SUBLAYERS, Resumable, RunningStatistics, TokenMean
 from ..activations.largest import LargestShare
-from ..activations.moments import clipped_sums, token_rms, token_sums
+from ..activations.moments import token_rms, token_sums
 from ..errors import LayerProbeError
 from ..stacks import LayerStack
 from .registry import OURS, register
@@ -43,6 +43,7 @@ class PooledAVSS(Resumable):
         self.site = site
         self.sites = (site,) if site in SUBLAYERS else ()
         self.relative = relative
+        self.asks = 1 if clip is None else 2
         self.statistics = RunningStatistics(num_layers)
         self.largest = LargestShare(num_layers)
         self.clipped = TokenMean(num_layers)  # what the limit takes from the squares of a token
@@ -53,13 +54,13 @@ class PooledAVSS(Resumable):
         values, minus = sites.get(self.site, after), before if self.site == "update" else None
         width = values.shape[-1]
         unit = token_rms(before) if self.relative else None
-        found = token_sums(values, minus, below=self.eps, unit=unit)
+        found = token_sums(values, minus, below=self.eps, unit=unit, clip=self.clip)
         sums, squares, largest = found.sums, found.squares, found.largest
         if self.relative:
             sums, squares, largest = sums / unit, squares / unit / unit, largest / unit
         if self.clip is not None:
             whole = squares
-            sums, squares = clipped_sums(values, minus, clip=self.clip, unit=unit)
+            sums, squares = found.limited
             sums, squares, largest = sums / unit, squares / unit / unit, largest.clamp_max(self.clip)
             self.clipped.update(layer, whole - squares, mask)
         self.largest.update(layer, largest, squares, width, mask)

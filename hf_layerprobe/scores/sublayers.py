@@ -39,7 +39,8 @@ class SublayerInfluence(Resumable):
         entering, leaving = token_squares(before), token_squares(after)
         # ‖y + f‖² from lengths that others may have asked for already: 2‖y‖² + 2‖f‖² − ‖f − y‖².
         with_attention = 2 * (entering + added["attention"]) - token_squares(attention, before)
-        without_mlp = token_squares(after, mlp)
+        # The same, but for how a stream of half precision is rounded before the MLP is added.
+        without_mlp = with_attention if after.dtype == torch.float32 else token_squares(after, mlp)
         for site, one, other in (("attention", entering, with_attention), ("mlp", without_mlp, leaving)):
             self.turns[site].update(layer, turned(one, other, added[site]), mask)
         # A few tokens show how the layer is built.
