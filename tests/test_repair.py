@@ -272,6 +272,14 @@ def test_the_text_is_learnt_beside_the_teacher():
     assert losses[1] < 0.5 * losses[0]
 
 
+def test_training_starts_as_pruned_where_the_closed_form_cannot_be_had():
+    model = tiny_model("mixtral")
+    pruned = prune_layers(model, remove=[1])
+    found = repair_model(pruned, model, [0, 2, 3], saying(model, text_batches()), repair=Finetune(**healing()))
+    assert found["kept"] and found["trained"] and "layers" not in found
+    assert found["held_out_loss"]["closed-form"] == found["held_out_loss"]["pruned"]
+
+
 def test_an_adapter_fits_the_pruned_model_as_it_is(tmp_path):
     with pytest.raises(LayerProbeError, match="Leave one of closed_form and adapter_dir out"):
         Lora(closed_form=True, adapter_dir=str(tmp_path))
@@ -282,8 +290,9 @@ def test_training_stops_in_time_and_resumes(tmp_path):
     data, saved = saying(model, text_batches(12)), tmp_path / "checkpoints"
     pruned = prune_layers(model, remove=[1])
     plain = weights(pruned)
-    with pytest.raises(LayerProbeError, match="minutes=1e-09 is too short for one training step"):
-        repair_model(pruned, model, [0, 2, 3], data, repair=Lora(minutes=1e-9))
+    for settings in (Lora(minutes=1e-9), Finetune(minutes=1e-9)):  # the closed form before it is undone too
+        with pytest.raises(LayerProbeError, match="minutes=1e-09 is too short for one training step"):
+            repair_model(pruned, model, [0, 2, 3], data, repair=settings)
     assert same(plain, weights(pruned)) and list(plain) == list(pruned.state_dict())
     settings = healing(output_dir=str(saved), arguments={"save_steps": 3, "seed": 3})
     found = repair_model(pruned, model, [0, 2, 3], data, repair=Finetune(**settings))

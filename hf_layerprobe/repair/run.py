@@ -83,34 +83,12 @@ def repair_model(
     losses = {"original": loss.of(original), "pruned": loss.of(pruned)}
     used = {"data": used_text(rows, original)} if all("input_ids" in row for row in rows) else {}
     report: dict[str, Any] = {**used, "method": settings.name, "settings": _recorded(settings), "loss": loss.name}
-    rows = fitted if isinstance(settings, ClosedForm) else _first(fitted, ClosedForm.max_tokens)
-    kept = False
-    if isinstance(settings, ClosedForm) or settings.closed_form:
-        try:
-            report["layers"] = _closed_form(before, after, keep, rows, loss)
-        except LayerProbeError as error:
-            if isinstance(settings, ClosedForm):
-                raise
-            logger.info(f"The training starts without the closed-form repair: {error}")
-        losses["closed-form"] = losses["repaired"] = loss.of(pruned)
-        kept = bool(report.get("layers"))
-    if not isinstance(settings, ClosedForm):
-        start = losses.get("closed-form", losses["pruned"])
-
-        def improves(model: PreTrainedModel) -> bool:
-            losses["trained"] = loss.of(model)
-            return losses["trained"] < start  # false for NaN too
-
-        with evaluating(original, pruned):  # the Trainer's modes are not the caller's
-            report["trained"] = train(after, before, keep, fitted, settings, improves)
-        report["teacher_map"] = {str(s): t for s, t in teacher_map(keep, before.num_layers).items()}
-        losses["repaired"] = losses["trained"] if report["trained"] else start
-        kept = kept or report["trained"]
-        if not report["trained"]:
-            logger.warning(
-                f"The training was undone: the held-out loss ({loss.name}) was {start:.4f} before it and "
-                f"{losses['trained']:.4f} after."
-            )
+    plain = {name: tensor.clone() for name, tensor in after.layers.state_dict().items()}
+    try:
+        kept = _repair(before, after, keep, fitted, settings, loss, losses, report, plain)
+    except BaseException:
+        after.layers.load_state_dict(plain)
+        raise
     if not kept:
         logger.warning(
             f"The {settings.name} repair was undone: no change made the held-out loss ({loss.name}) less than "
@@ -119,20 +97,51 @@ def repair_model(
     return {**report, "kept": kept, "held_out_loss": losses}
 
 
-def _closed_form(before, after, keep, fitted, loss) -> list[dict[str, Any]]:
+def _repair(before, after, keep, fitted, settings, loss, losses, report, plain) -> bool:
+    """Whether anything was kept; `losses` and `report` are added to."""
+    original, pruned, training = before.model, after.model, not isinstance(settings, ClosedForm)
+    if not training or settings.closed_form:
+        try:
+            rows = _first(fitted, ClosedForm.max_tokens) if training else fitted
+            report["layers"] = _closed_form(before, after, keep, rows, loss, plain)
+        except LayerProbeError as error:
+            if not training:
+                raise
+            after.layers.load_state_dict(plain)  # the layers before the one that cannot be fitted
+            logger.info(f"The training starts without the closed-form repair: {error}")
+        losses["closed-form"] = losses["repaired"] = loss.of(pruned)
+    kept = bool(report.get("layers"))
+    if not training:
+        return kept
+    start = losses.get("closed-form", losses["pruned"])
+
+    def improves(model: PreTrainedModel) -> bool:
+        losses["trained"] = loss.of(model)
+        return losses["trained"] < start  # false for NaN too
+
+    with evaluating(original, pruned):  # the Trainer's modes are not the caller's
+        report["trained"] = train(after, before, keep, fitted, settings, improves)
+    report["teacher_map"] = {str(s): t for s, t in teacher_map(keep, before.num_layers).items()}
+    losses["repaired"] = losses["trained"] if report["trained"] else start
+    if not report["trained"]:
+        logger.warning(
+            f"The training was undone: the held-out loss ({loss.name}) was {start:.4f} before it and "
+            f"{losses['trained']:.4f} after."
+        )
+    return kept or report["trained"]
+
+
+def _closed_form(before, after, keep, fitted, loss, plain) -> list[dict[str, Any]]:
     """What each layer gained; no layer is changed, and the list is empty, where the loss does not improve."""
     original, pruned = before.model, after.model
     fixed = {"use_cache": False} if "use_cache" in inspect.signature(original.forward).parameters else {}
-    state = {name: tensor.clone() for name, tensor in after.layers.state_dict().items()}
-    kept, least = False, loss.of(pruned)
-    try:
-        with evaluating(original, pruned), torch.no_grad():
-            layers = closed_form.fit(before, after, keep, fitted, loss, fixed)
-        kept = loss.of(pruned) < least
-    finally:
-        if not kept:
-            after.layers.load_state_dict(state)
-    return layers if kept else []
+    least = loss.of(pruned)
+    with evaluating(original, pruned), torch.no_grad():
+        layers = closed_form.fit(before, after, keep, fitted, loss, fixed)
+    if loss.of(pruned) < least:
+        return layers
+    after.layers.load_state_dict(plain)
+    return []
 
 
 def _first(rows: Sequence[Batch], max_tokens: int) -> list[Batch]:
