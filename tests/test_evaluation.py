@@ -9,8 +9,9 @@ from datasets import Dataset
 from tiny import TEXT as TINY
 from tiny import redrawn, tiny_model, tiny_tokenizer
 
-from hf_layerprobe import LayerProbeError, evaluate_model, plan_pruning, prune_layers
+from hf_layerprobe import LayerProbeError, PruningPlan, evaluate_model, plan_pruning, prune_layers
 from hf_layerprobe.evaluation import overlap
+from hf_layerprobe.repair import ClosedForm
 
 TEXTS = ["hello there, world", "naïve café", "a much longer text that needs several windows of tokens to be read", "x"]
 
@@ -76,6 +77,21 @@ def test_evaluating_on_the_calibration_texts_is_said(by, monkeypatch):
     assert said == []
     evaluate_model(pruned, texts, tokenizer=tokenizer, plan=plan)
     assert len(said) == 1 and "the plan's own" in said[0]
+
+
+def test_evaluating_on_the_texts_of_a_repair_is_said(monkeypatch, tmp_path):
+    texts = [f"text {i}: the quick brown fox {i * 7919} jumps over the lazy dog" for i in range(40)]
+    model, tokenizer, said = tiny_model("llama"), tiny_tokenizer(), []
+    monkeypatch.setattr(overlap.logger, "warning", said.append)
+    settings = ClosedForm(max_length=24, batch_size=2, max_tokens=1000)
+    pruned = prune_layers(
+        model, remove=[1], data=texts, tokenizer=tokenizer, repair=settings, output_dir=tmp_path / "smaller"
+    )
+    plan = PruningPlan.load(tmp_path / "smaller")
+    evaluate_model(pruned, texts[20:], tokenizer=tokenizer, plan=plan)
+    assert said == []
+    evaluate_model(pruned, texts, tokenizer=tokenizer, plan=plan)
+    assert len(said) == 1 and "the plan's own repair data" in said[0]
 
 
 def test_a_data_set_of_texts():

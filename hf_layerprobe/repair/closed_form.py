@@ -18,8 +18,8 @@ from .sites import find_site
 
 # How much of a layer's change is tried.
 PARTS = (1.0, 0.5, 0.25)
-# Held-out batches that the steps are chosen on; it takes a loss for each part of each layer's change.
-JUDGES = 2
+# Held-out tokens that the steps are chosen on; it takes a loss for each part of each layer's change.
+JUDGED = 4096
 
 
 class Track:
@@ -71,7 +71,7 @@ def fit(
     """
     parts = [[Track(original, batch, fixed) for batch in batches] for batches in (fitted, loss.batches)]
     tracks = [track for part in parts for track in part]
-    judges = parts[1][:JUDGES]
+    judges = parts[1][: len(first(loss.batches, JUDGED))]
     wanted_outputs = [loss.wanted(track.batch) for track in judges]
     first_cut = next(i for i in range(original.num_layers) if i not in keep)
     changed, least = [], None
@@ -110,6 +110,17 @@ def fit(
         for track in tracks:
             track.stream = track.steps.run(layer, index, track.stream)
     return changed
+
+
+def first(rows: Sequence[Batch], max_tokens: int) -> list[Batch]:
+    """The first batches, at least one, with no more tokens than that."""
+    taken, tokens = [], 0
+    for row in rows:
+        tokens += next(iter(row.values())).shape[:2].numel()
+        if taken and tokens > max_tokens:
+            break
+        taken.append(row)
+    return taken
 
 
 def _loss(

@@ -13,7 +13,6 @@ from transformers.utils import logging
 
 from ..activations import batches
 from ..activations.fingerprint import used_text
-from ..activations.text import Batch
 from ..errors import LayerProbeError
 from ..modes import evaluating
 from ..stacks import LayerStack, resolve_stack
@@ -81,8 +80,10 @@ def repair_model(
     fitted = [row for number, row in enumerate(rows) if number not in chosen]
     loss = HeldOutLoss(original, held_out)
     losses = {"original": loss.of(original), "pruned": loss.of(pruned)}
-    used = {"data": used_text(rows, original)} if all("input_ids" in row for row in rows) else {}
-    report: dict[str, Any] = {**used, "method": settings.name, "settings": _recorded(settings), "loss": loss.name}
+    report: dict[str, Any] = {}
+    if all("input_ids" in row for row in rows):
+        report["data"] = {**used_text(rows, original), "max_length": settings.max_length}
+    report |= {"method": settings.name, "settings": _recorded(settings), "loss": loss.name}
     plain = {name: tensor.clone() for name, tensor in after.layers.state_dict().items()}
     try:
         kept = _repair(before, after, keep, fitted, settings, loss, losses, report, plain)
@@ -102,7 +103,7 @@ def _repair(before, after, keep, fitted, settings, loss, losses, report, plain) 
     original, pruned, training = before.model, after.model, not isinstance(settings, ClosedForm)
     if not training or settings.closed_form:
         try:
-            rows = _first(fitted, ClosedForm.max_tokens) if training else fitted
+            rows = closed_form.first(fitted, ClosedForm.max_tokens) if training else fitted
             report["layers"] = _closed_form(before, after, keep, rows, loss, plain)
         except LayerProbeError as error:
             if not training:
@@ -142,17 +143,6 @@ def _closed_form(before, after, keep, fitted, loss, plain) -> list[dict[str, Any
         return layers
     after.layers.load_state_dict(plain)
     return []
-
-
-def _first(rows: Sequence[Batch], max_tokens: int) -> list[Batch]:
-    """The first batches, at least one, with no more tokens than that."""
-    taken, tokens = [], 0
-    for row in rows:
-        tokens += next(iter(row.values())).shape[:2].numel()
-        if taken and tokens > max_tokens:
-            break
-        taken.append(row)
-    return taken
 
 
 def _spread(number: int) -> set[int]:

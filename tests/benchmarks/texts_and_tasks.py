@@ -94,16 +94,16 @@ def repair_batches(tokenizer, tokens: int, *, seed: int = 0, batch_tokens: int =
 
     captions = shuffled(f"{row['question']} {row['answer'][0]}" for row in json_rows("HellaSwag/test.jsonl"))
     parts = [  # share of the tokens
-        (0.42, prose(shuffled(calibration()))),
-        (0.05, column("MultiLexSum/test.jsonl", "document")),
-        (0.06, column("Fiqa/test.jsonl", "answer")),
-        (0.04, column("MedQA/test.jsonl", "question")),
-        (0.04, column("NarrativeQA/test.jsonl", "passage")),
-        (0.06, prose(shuffled(_long_reviews()))),
-        (0.04, prose(captions)),
-        (0.10, in_format(shuffled(_other_goals()))),
-        (0.05, in_format(shuffled(_other_questions()))),
-        (0.14, in_format(shuffled(_judged(draw)))),
+        (0.34, prose(shuffled(calibration()))),
+        (0.04, column("MultiLexSum/test.jsonl", "document")),
+        (0.04, column("Fiqa/test.jsonl", "answer")),
+        (0.03, column("MedQA/test.jsonl", "question")),
+        (0.03, column("NarrativeQA/test.jsonl", "passage")),
+        (0.05, prose(shuffled(_long_reviews()))),
+        (0.03, prose(captions)),
+        (0.11, in_format(shuffled(_other_goals()))),
+        (0.04, in_format(shuffled(_other_questions()))),
+        (0.29, in_format(shuffled(_judged(draw)))),
     ]
     groups = [group for share, rows in parts for group in _groups(_up_to(rows, share * tokens), batch_tokens)]
     draw.shuffle(groups)
