@@ -4,9 +4,10 @@ import pytest
 import torch
 import transformers as tf
 from tiny import FAMILIES, tiny_model
+from torch import nn
 
 from hf_layerprobe import LayerProbeError, find_stacks
-from hf_layerprobe.weights import LiveWeights, layer_matrices, read_matrices
+from hf_layerprobe.weights import LiveWeights, find_modules, layer_matrices, read_matrices
 
 GATED = {"llama", "qwen3", "gemma3", "mistral", "mixtral", "t5"}
 
@@ -243,3 +244,34 @@ def test_weights_partitioned_by_zero_3_are_refused_with_the_reason():
     assert LiveWeights(stack).shapes(0, "gate") == [(48, 32)]
     with pytest.raises(LayerProbeError, match=r"A weight of \[32, 32\] has no values here: DeepSpeed ZeRO-3"):
         next(read_matrices(stack))
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("feed_forward.w1", ("gate",)),  # LFM2
+        ("feed_forward.w2", ("down",)),
+        ("mlp.linear_fc1", ("up",)),  # the towers of Qwen's vision models
+        ("feed_forward1.linear2", ("down",)),  # Parakeet
+        ("ffn.linear_1", ("up",)),  # Funnel
+        ("mlp.proj_out", ("down",)),  # SAM 2
+        ("ff.layer_2", ("down",)),  # XLNet
+        ("self_attn.projection_layer", ("o",)),  # InternVL
+        ("attention.attn.o", ("o",)),  # MPNet
+        ("self_attn.q_proj.linear", ("q",)),  # Gemma 4's towers
+        ("layer.0.LocalSelfAttention.k", ("k",)),  # LongT5
+        ("attn.att_proj", ("q", "k", "v")),  # Bark
+        ("shared_mlp.input_linear", ("gate", "up")),  # Granite
+        ("ada_rms_norm.linear1", None),  # Voxtral: no MLP
+        ("adapter_modules.en.dense1", None),  # X-MOD: no MLP either
+    ],
+)
+def test_names_of_less_common_layers(name, kinds):
+    layer = nn.Module()
+    parent = layer
+    *parents, last = name.split(".")
+    for part in parents:
+        parent.add_module(part, nn.Module())
+        parent = parent.get_submodule(part)
+    parent.add_module(last, nn.Linear(2, 2))
+    assert [weight.kinds for weight in find_modules(layer)] == ([kinds] if kinds else [])

@@ -22,25 +22,37 @@ NAMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (r"experts\.gate_up_proj", ("gate", "up"), "experts"),
     (r"experts\.up_proj", ("up",), "experts"),
     (r"experts\.down_proj", ("down",), "experts"),
-    (r"q_proj|q_lin|query|query_proj|SelfAttention\.q", ("q",), "rows"),
-    (r"k_proj|k_lin|key|key_proj|SelfAttention\.k", ("k",), "rows"),
-    (r"v_proj|v_lin|value|value_proj|SelfAttention\.v", ("v",), "rows"),
-    (r"c_attn|qkv_proj|qkv|Wqkv", ("q", "k", "v"), "rows"),
+    (r"q_proj|q_lin|query|query_proj|\w*SelfAttention\.q|attn\.q|Wq|linear_q|q_head", ("q",), "rows"),
+    (r"k_proj|k_lin|key|key_proj|\w*SelfAttention\.k|attn\.k|Wk|linear_k|k_head", ("k",), "rows"),
+    (r"v_proj|v_lin|value|value_proj|\w*SelfAttention\.v|attn\.v|Wv|linear_v|v_head", ("v",), "rows"),
+    (r"c_attn|qkv_proj|qkv|Wqkv|att_proj", ("q", "k", "v"), "rows"),
     (r"query_key_value", ("q", "k", "v"), "heads"),
     (
-        r"\w*(attn|attention)\.(o_proj|out_proj|out_lin|c_proj|dense|proj|Wo)|attention\.output\.dense|SelfAttention\.o",
+        r"\w*(attn|attention)\.(o_proj|out_proj|output_proj|out_lin|c_proj|dense|proj|projection|projection_layer|Wo|o|output)"
+        r"|attention\.output\.dense|\w*SelfAttention\.o|\w*attn\.linear_out|attention\.post_proj",
         ("o",),
         "rows",
     ),
-    (r"gate_up_proj|mlp\.Wi", ("gate", "up"), "rows"),
-    (r"gate_proj|wi_0", ("gate",), "rows"),
-    (r"up_proj|fc1|c_fc|fc_in|dense_h_to_4h|intermediate[._]dense|wi_1|wi|lin1", ("up",), "rows"),
-    (r"down_proj|fc2|mlp\.c_proj|fc_out|dense_4h_to_h|output[._]dense|wo|lin2|mlp\.Wo", ("down",), "rows"),
+    (r"gate_up_proj|mlp\.Wi|shared_mlp\.input_linear", ("gate", "up"), "rows"),
+    (r"gate_proj|wi_0|feed_forward\.w1", ("gate",), "rows"),
+    (
+        r"up_proj|fc1|linear_fc1|c_fc|fc_in|dense_h_to_4h|intermediate[._]dense|wi_1|wi|lin1|mlp\.dense1|(feed_forward\d?|ffn)\.linear_?1"
+        r"|ffw_layer_1|feed_forward\.(w3|intermediate)|mlp\.(in_proj|proj_in)|feed_forward\.dense\.dense|ff\.layer_1|ffn?\.0",
+        ("up",),
+        "rows",
+    ),
+    (
+        r"down_proj|fc2|linear_fc2|mlp\.c_proj|fc_out|dense_4h_to_h|output[._]dense|wo|lin2|mlp\.dense2|(feed_forward\d?|ffn)\.linear_?2|mlp\.Wo"
+        r"|ffw_layer_2|feed_forward\.(w2|output)|mlp\.(out_proj|proj_out)|ff\.layer_2|ffn\.2|ff\.3|shared_mlp\.output_linear",
+        ("down",),
+        "rows",
+    ),
 )
 # Model types whose fused query, key and value rows are packed in another way than their module's name says.
 OTHER_PACKING = {"gpt_bigcode": "heads", "codegen": "unknown"}
-# Where PEFT keeps the module that it has wrapped.
+# Where PEFT, and some layers of Transformers, keep the module that they have wrapped.
 _BASE_LAYER = re.compile(r"(\.base_layer)+$")
+_WRAPPED = re.compile(r"\.linear$")
 _PATTERNS = tuple((re.compile(rf"(^|\.)({name})$"), kinds, packing) for name, kinds, packing in NAMES)
 
 
@@ -74,7 +86,7 @@ def find_modules(layer: nn.Module) -> list[NamedWeight]:
             continue
         owner, _, attribute = name.rpartition(".")
         wrapped = _BASE_LAYER.sub("", owner)
-        target = wrapped if is_matrix else f"{wrapped}.{attribute}"
+        target = _WRAPPED.sub("", wrapped) if is_matrix else f"{wrapped}.{attribute}"
         for pattern, kinds, packing in _PATTERNS:
             if pattern.search(target) and (packing == "experts") == (not is_matrix):
                 adapter = layer.get_submodule(wrapped) if wrapped != owner else None
