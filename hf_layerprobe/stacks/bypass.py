@@ -13,6 +13,7 @@ from .find import LayerStack, find_stacks
 
 # Layers that return what is to be added to the stream, for the code around them to add.
 UPDATES = frozenset(["SuperGlueAttentionalPropagation"])
+NORMS = (nn.LayerNorm, nn.GroupNorm)
 STREAM_NAMES = ("hidden_states", "hidden_state", "prev_attn_output")
 
 
@@ -45,7 +46,7 @@ def bypassed(stack: LayerStack, layers: Iterable[int]) -> Iterator[set[int]]:
     stacks = {each.path for each in find_stacks(stack.model)} if siblings else {stack.path}
     passing = [stack.layers, *(sibling.layers for sibling in siblings if sibling.path in stacks)]
     # Where norms are a list of their own, the residual connection is outside of the modules.
-    is_parts = any(isinstance(each[0], nn.LayerNorm) for each in lists)
+    is_parts = any(isinstance(each[0], NORMS) for each in lists)
 
     def hand_on(index, _module, args, kwargs, output):
         if _module is stack.layers[index]:
@@ -64,7 +65,7 @@ def bypassed(stack: LayerStack, layers: Iterable[int]) -> Iterator[set[int]]:
     for modules in lists:
         for i in layers:
             is_layer = any(modules is each for each in passing) and type(modules[i]).__name__ not in UPDATES
-            if isinstance(modules[i], nn.LayerNorm) or (is_layer and not is_parts):
+            if isinstance(modules[i], NORMS) or (is_layer and not is_parts):
                 hook = modules[i].register_forward_hook(partial(hand_on, i), with_kwargs=True, prepend=True)
             else:
                 hook = modules[i].register_forward_hook(partial(add_nothing, i), prepend=True)

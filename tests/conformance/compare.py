@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4
+NORMS = (nn.LayerNorm, nn.GroupNorm)
 STATE = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states", "shared_kv_states")
 
 
@@ -23,13 +24,13 @@ def without(lists: Sequence[nn.ModuleList], removed: Sequence[int]) -> Iterator[
         lists: The layers, and the lists that lose the same entries.
         removed: Layers, 0-based.
     """
-    # XLM keeps the attentions, MLPs and norms of its layers in lists of their own and adds them up outside.
-    is_parts = any(isinstance(layers[0], nn.LayerNorm) for layers in lists)
+    # XLM (and CLVP) keep the attentions, MLPs and norms of their layers in lists of their own and add them up outside.
+    is_parts = any(isinstance(layers[0], NORMS) for layers in lists)
     # SuperGlue's layers return what is to be added, too.
     is_parts |= type(lists[0][0]).__name__ == "SuperGlueAttentionalPropagation"
     handles = [
         layers[i].register_forward_hook(
-            _nothing if is_parts and not isinstance(layers[i], nn.LayerNorm) else _unchanged,
+            _nothing if is_parts and not isinstance(layers[i], NORMS) else _unchanged,
             with_kwargs=True,
             prepend=True,
         )
