@@ -14,6 +14,7 @@ from .pruning import plan, prune
 from .pruning_files import prune_files
 from .pushing import push
 from .scoring import avss, docs
+from .supports import supports
 
 app = typer.Typer(
     name="hf-layerprobe",
@@ -32,6 +33,7 @@ app.command()(prune)
 app.command()(prune_files)
 app.command()(push)
 app.command("eval")(evaluate)
+app.command()(supports)
 
 
 def _version(wanted: bool) -> None:
