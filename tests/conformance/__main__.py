@@ -43,7 +43,6 @@ def main() -> int:
     else:
         journal = Path(tempfile.gettempdir(), f"conformance-{fingerprint()}.jsonl")
         found = run(list(model_types()), arguments.processes, journal)
-        journal.unlink()
         print(supported.table(found))
     bad = {name: record for name, record in found.items() if record["outcome"] in BAD}
     for name, record in bad.items():
@@ -52,6 +51,7 @@ def main() -> int:
         return 1
     if arguments.types:
         return 0
+    journal.unlink()
     if arguments.write:
         supported.write(found)
         write_table(supported.table(found))
