@@ -52,8 +52,9 @@ def try_type(model_type: str) -> dict[str, Any]:
         try:
             with _at_most(4 * LONGEST):
                 return _try_stacks(found.model)
-        except TooLong:
-            return {"class": found.name, "outcome": "crashed", "why": f"not done in {4 * LONGEST} s", "stacks": []}
+        except TooLong:  # says nothing about the library
+            why = f"not done in {4 * LONGEST} s of computing"
+            return {"class": found.name, "outcome": "not run", "why": why, "stacks": []}
         except Exception as error:
             return {"class": found.name, "outcome": "crashed", "why": f"{type(error).__name__}: {error}", "stacks": []}
 
