@@ -39,5 +39,12 @@ def test_a_notebook_runs(name, tmp_path, monkeypatch):
         assert re.search(pattern, text)
 
 
+@pytest.mark.parametrize("name", PRINTED)
+def test_stored_outputs_name_no_place_on_a_machine(name):
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert not re.search(r"(?<![\w.:/])/\w[\w.-]*/", text)
+
+
 def test_every_notebook_is_run():
     assert sorted(path.name for path in FOLDER.glob("*.ipynb")) == sorted(PRINTED)

@@ -72,7 +72,7 @@ class Vocabulary:
         self._model = model
         try:
             table = model.get_input_embeddings()
-        except (AttributeError, NotImplementedError):
+        except (AttributeError, NotImplementedError):  # what Transformers raises for models without such a table
             table = None
         reads_ids = getattr(model, "main_input_name", "input_ids") == "input_ids"
         self._size = table.num_embeddings if reads_ids and isinstance(table, nn.Embedding) else None
