@@ -24,6 +24,7 @@ from hf_layerprobe.stacks import LayerStack
 STREAMED = [name for name, score in SCORES.items() if score.streams]
 # Scores whose numbers are sums over tokens or sequences; the others read a random sample of tokens.
 SUMMED = [name for name in STREAMED if name not in ("cka", "stable-rank", "lid")]
+SHAREABLE = [*SUMMED, "taylor", "bypass"]
 WAITING = (
     "_local_scalar_dense",
     "nonzero",
@@ -108,13 +109,13 @@ SHARED = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from accelerate import Accelerator
-from test_pass import SUMMED, loader_of
+from test_pass import SHAREABLE, loader_of
 from tiny import tiny_model
 from hf_layerprobe import score_layers
 accelerator = Accelerator(cpu=True)
 for rows in (8, 7):
     loader = accelerator.prepare(loader_of(rows))
-    found = score_layers(tiny_model("llama"), loader, by=SUMMED)
+    found = score_layers(tiny_model("llama"), loader, by=SHAREABLE)
     json.dump(
         {"data": found["influence"].data, "values": {name: scores.values.tolist() for name, scores in found.items()}},
         open(f"{sys.argv[2]}/{accelerator.process_index}-{rows}.json", "w"),
@@ -138,7 +139,7 @@ def test_two_processes_equal_one(tmp_path):
     tests = Path(__file__).parent
     subprocess.run([*command, tmp_path / "run.py", tests, tmp_path], check=True, timeout=300, capture_output=True)
     for rows in (8, 7):
-        alone = score_layers(tiny_model("llama"), loader_of(rows), by=[n for n in SUMMED if n != "avss-released"])
+        alone = score_layers(tiny_model("llama"), loader_of(rows), by=[n for n in SHAREABLE if n != "avss-released"])
         found = [json.loads((tmp_path / f"{rank}-{rows}.json").read_text()) for rank in (0, 1)]
         assert found[0] == found[1]
         for name, scores in alone.items():

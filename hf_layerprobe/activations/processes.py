@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 from accelerate.data_loader import DataLoaderAdapter
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
@@ -47,6 +48,12 @@ def add_up(accumulators: Sequence[Any]) -> None:
             other = copy.deepcopy(accumulator)
             other.load_state_dict(state)
             accumulator.merge(other)
+
+
+def sum_of_all(value: torch.Tensor) -> torch.Tensor:
+    """The sum of all processes' values, of one shape; written into `value`. All processes of the default group have to call it."""
+    distributed.all_reduce(value)
+    return value
 
 
 def of_first(mine: T) -> T:

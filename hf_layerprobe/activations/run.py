@@ -30,6 +30,9 @@ class OwnRuns(Protocol):
     def measure(self, batch: Batch) -> None:
         """Takes one batch of model inputs, on the model's device."""
 
+    def add_up(self) -> None:
+        """Takes what all processes have measured on their shares; each of them calls this."""
+
 
 def run_pass(
     stack: LayerStack,
@@ -93,6 +96,8 @@ def run_pass(
     digest = fingerprint.hexdigest()
     if share:
         add_up([count, *accumulators, finite])
+        for each in own_runs:
+            each.add_up()
         digest = joined(digest)
     if not int(count.sequences.value):
         raise LayerProbeError("The data yielded no batch: it is empty, or every text is.")

@@ -73,7 +73,7 @@ class BatchLoss:
         return total, (labels != IGNORED).sum()
 
 
-def check_counted(labels: torch.Tensor | int) -> float:
+def check_counted(labels: torch.Tensor) -> float:
     """The number of labels in all the data, if there were any.
 
     Raises:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from ..activations.processes import sum_of_all
 from ..activations.text import Batch
 from ..precision import widest
 from ..stacks import LayerStack, bypassed
@@ -38,8 +39,11 @@ class BypassLoss:
         self.prefix = prefix
         self._loss = BatchLoss(stack.model)
         self._checked = not prefix
-        self._sums: torch.Tensor | None = None  # [L + 1]: without each layer, and with all
-        self._labels: torch.Tensor | int = 0
+        device = stack.model.device
+        self._sums = torch.zeros(
+            stack.num_layers + 1, dtype=widest(device), device=device
+        )  # without each, and with all
+        self._labels = torch.zeros((), dtype=torch.long, device=device)
 
     def measure(self, batch: Batch) -> None:
         with torch.no_grad():
@@ -47,9 +51,12 @@ class BypassLoss:
                 self._check(batch)
             total, labels = self._loss(batch)
             sums = torch.stack([*(self._with_prefix if self.prefix else self._whole)(batch), total])
-        sums = sums.to(widest(sums.device))
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._labels = self._labels + labels
+        self._sums += sums.to(self._sums)
+        self._labels += labels.to(self._labels)
+
+    def add_up(self) -> None:
+        sum_of_all(self._sums)
+        sum_of_all(self._labels)
 
     def compute(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         means = (self._sums / check_counted(self._labels)).cpu().double().numpy()

@@ -112,9 +112,6 @@ def score_layers(
         watching, running = (
             [built[make] for make, score in streamed.items() if score.own_runs == own] for own in (False, True)
         )
-        if share and running:
-            alone = ", ".join(name for name, score in zip(names, scores, strict=True) if score.own_runs)
-            raise LayerProbeError(f"{alone}: not measured on shares of the data; pass a loader that is not prepared.")
         used = run_pass(found, watching, rows, max_tokens=max_tokens, own_runs=running, share=share)
     results: dict[str, LayerScores] = {}
     for name, score in zip(names, scores, strict=True):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..activations.processes import sum_of_all
 from ..activations.text import Batch
 from ..errors import LayerProbeError
 from ..precision import widest
@@ -45,10 +46,10 @@ class Taylor:
                     "Load the model unquantised."
                 )
         self._gradients: dict[nn.Parameter, torch.Tensor] = {}
-        self._labels: torch.Tensor | int = 0
+        self._labels = torch.zeros((), dtype=torch.long, device=stack.model.device)
 
     def measure(self, batch: Batch) -> None:
-        weights = list(dict.fromkeys(weight for layer in self._weights for weight in layer))
+        weights = self._distinct()
         with torch.enable_grad(), _requiring_gradients(weights):
             total, labels = self._loss(batch)
             # Nothing is written to .grad, so there is nothing to restore. Experts that saw no token have no gradient.
@@ -57,7 +58,18 @@ class Taylor:
             if gradient is not None:
                 before = self._gradients.get(weight)
                 self._gradients[weight] = gradient.float() if before is None else before.add_(gradient)
-        self._labels = self._labels + labels
+        self._labels += labels.to(self._labels)
+
+    def add_up(self) -> None:
+        for weight in self._distinct():
+            seen = self._gradients.get(weight)
+            self._gradients[weight] = sum_of_all(
+                torch.zeros_like(weight, dtype=torch.float32) if seen is None else seen
+            )
+        sum_of_all(self._labels)
+
+    def _distinct(self) -> list[nn.Parameter]:
+        return list(dict.fromkeys(weight for layer in self._weights for weight in layer))
 
     def compute(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         labels = check_counted(self._labels)
