@@ -67,10 +67,11 @@ if TYPE_CHECKING:
     from .hub import push_model
     from .plan import PruningPlan, plan_pruning
     from .probe import LayerProbe
+    from .prune import prune_layers
     from .report import model_card
     from .scores import LayerScores, SimilarityMatrix, avss, docs, docs_similarity, eavss, score_layers
     from .stacks import LayerStack, find_stacks
-    from .surgery import prune_checkpoint, prune_layers
+    from .surgery import prune_checkpoint
 
 _HOMES = {
     "callbacks": (
@@ -95,10 +96,11 @@ _HOMES = {
     "hub": ("push_model",),
     "plan": ("PruningPlan", "plan_pruning"),
     "probe": ("LayerProbe",),
+    "prune": ("prune_layers",),
     "report": ("model_card",),
     "scores": ("LayerScores", "SimilarityMatrix", "avss", "docs", "docs_similarity", "eavss", "score_layers"),
     "stacks": ("LayerStack", "find_stacks"),
-    "surgery": ("prune_checkpoint", "prune_layers"),
+    "surgery": ("prune_checkpoint",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from . import plan as planning
-from . import scores, surgery
+from . import prune as pruning
+from . import scores
 from .plan import PruningPlan
 from .scores import LayerScores, SimilarityMatrix
 from .stacks import LayerStack, find_stacks
@@ -46,7 +47,7 @@ class LayerProbe:
 
     def prune_layers(self, plan: PruningPlan | None = None, **options: Any) -> PreTrainedModel:
         """See [`hf_layerprobe.prune_layers`]; the new model has these methods too."""
-        return surgery.prune_layers(self, plan, **options)
+        return pruning.prune_layers(self, plan, **options)
 
     @staticmethod
     def attach(model: PreTrainedModel) -> PreTrainedModel:

@@ -300,9 +300,9 @@ def test_the_pruned_model_is_pushed_with_the_trainers_settings(make_trainer, mon
         "transformers.Trainer.init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "me/tuned")
     )
     monkeypatch.setattr("transformers.Trainer._finish_current_push", lambda self: None)
-    monkeypatch.setattr("hf_layerprobe.surgery.prune.check_push", lambda *_args, **_options: None)
+    monkeypatch.setattr("hf_layerprobe.prune.check_push", lambda *_args, **_options: None)
     monkeypatch.setattr(
-        "hf_layerprobe.surgery.prune.push_model",
+        "hf_layerprobe.prune.push_model",
         lambda folder, repo_id, **options: pushed.update(options, folder=folder, repo_id=repo_id),
     )
     settings = dict(push_to_hub=True, hub_private_repo=True, hub_revision="smaller", hub_token="a-token")

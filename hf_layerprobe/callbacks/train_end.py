@@ -17,12 +17,12 @@ from transformers.utils import logging
 from ..errors import LayerProbeError
 from ..modes import in_own_precision
 from ..plan import PruningPlan, plan_pruning, requested
+from ..prune import prune_layers
 from ..scores import LayerScores
 from ..scores.registry import get_score
 from ..scores.run import ALIASES
 from ..stacks import LayerStack, bypassed, resolve_stack
 from ..stacks.admissible import least_worth
-from ..surgery import prune_layers
 from .measurement import PREFIX
 from .passes import Passes
 from .settings import drop_twins

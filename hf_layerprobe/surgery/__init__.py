@@ -1,6 +1,5 @@
 """Building the smaller model: a new config, a new model of the same class, the kept tensors moved, and a check."""
 
 from .files import prune_checkpoint
-from .prune import prune_layers
 
-__all__ = ["prune_checkpoint", "prune_layers"]
+__all__ = ["prune_checkpoint"]

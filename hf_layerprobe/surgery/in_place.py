@@ -19,7 +19,7 @@ from ..stacks.taps import nodes
 from .build import build_pruned
 from .gate import differs
 from .gate import verify as verify_pruned
-from .prune import check_prunable
+from .prunable import check_prunable
 
 
 def prune_in_place(stack: LayerStack, remove: Iterable[int], *, verify: bool = True) -> list[nn.Parameter]:

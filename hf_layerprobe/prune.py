@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import LayerProbeError, PruningError
-from ..files import check_new_folder, new_folder
-from ..hub import check_push, push_model
-from ..loading import load_model
-from ..plan import PruningPlan, plan_pruning, refuse_options
-from ..stacks import LayerStack, resolve_stack
-from ..stacks.adapters import base_of, is_peft_model
-from .adapters import check_adapters, each_adapter, load_adapters, save_adapters, with_adapters, without_adapters
-from .build import build_pruned, own_tensors
-from .gate import verify as verify_pruned
+from .errors import LayerProbeError, PruningError
+from .files import check_new_folder, new_folder
+from .hub import check_push, push_model
+from .loading import load_model
+from .plan import PruningPlan, plan_pruning, refuse_options
+from .repair import repair_config, repair_model
+from .stacks import LayerStack, resolve_stack
+from .stacks.adapters import base_of, is_peft_model
+from .surgery.adapters import each_adapter, load_adapters, save_adapters, with_adapters, without_adapters
+from .surgery.build import build_pruned, own_tensors
+from .surgery.gate import verify as verify_pruned
+from .surgery.prunable import check_prunable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -85,8 +87,6 @@ def prune_layers(
         HubError: The push cannot or did not succeed.
     """
     if repair is not None:
-        from ..repair import repair_config  # a room behind this one
-
         repair = repair_config(repair)
         if data is None:
             raise LayerProbeError("A repair is fitted to data: pass data= (and tokenizer= for texts).")
@@ -137,7 +137,7 @@ def prune_layers(
         if repair is not None:
             _repair(pruned, model, plan, data, repair, tokenizer)
     else:
-        from ..report import write_card  # the last room: it stands behind this one, and matplotlib is slow to import
+        from .report import write_card  # matplotlib is slow to import
 
         with new_folder(Path(output_dir)) as folder:
             _save(pruned, folder, plan, tokenizer)
@@ -173,37 +173,8 @@ def _verify(adapted: PeftModel | None, removed: Mapping[LayerStack, Sequence[int
         verify_pruned(removed, base_of(pruned))
 
 
-def check_prunable(model: Any) -> None:
-    """Refuses what cannot be pruned whatever the plan is, before any heavy work.
-
-    Raises:
-        PruningError: Not a `PreTrainedModel`, weights not in memory, quantised weights, or adapters that cannot go along.
-    """
-    if is_peft_model(model):
-        check_adapters(model)
-        model = base_of(model)
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise PruningError(f"prune_layers expects a transformers PreTrainedModel or a PeftModel, got {name}.")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise PruningError(
-            f"{name} has weights on the meta device (offloaded to disk or CPU by a device_map, or built without weights). "
-            "Load it into memory without offloading before pruning."
-        )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise PruningError(f"{name} has adapters injected; merge or delete them before pruning.")
-    packed = next((n for n, p in model.named_parameters() if not p.is_floating_point()), None)
-    quantizer = getattr(model, "hf_quantizer", None)
-    # A GGUF file loaded the plain way leaves its quantizer behind on weights that are dense.
-    if packed or (quantizer is not None and "gguf" not in type(quantizer).__name__.lower()):
-        kind = type(quantizer).__name__ if quantizer is not None else f"{packed} is not floating point"
-        raise PruningError(f"{name} is quantised ({kind}); prune the unquantised model and quantise the result.")
-
-
 def _repair(pruned: PreTrainedModel, model: PreTrainedModel, plan: PruningPlan, data, repair, tokenizer) -> PruningPlan:
     """Repairs each stack, and returns the plan with a record of it."""
-    from ..repair import repair_model
-
     parts = [
         replace(
             part,

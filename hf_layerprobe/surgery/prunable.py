@@ -1,0 +1,38 @@
+"""What cannot be pruned, whatever the layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import PruningError
+from ..stacks.adapters import base_of, is_peft_model
+from .adapters import check_adapters
+
+
+def check_prunable(model: Any) -> None:
+    """Refuses what cannot be pruned whatever the plan is, before any heavy work.
+
+    Raises:
+        PruningError: Not a `PreTrainedModel`, weights not in memory, quantised weights, or adapters that cannot go along.
+    """
+    if is_peft_model(model):
+        check_adapters(model)
+        model = base_of(model)
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise PruningError(f"prune_layers expects a transformers PreTrainedModel or a PeftModel, got {name}.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PruningError(
+            f"{name} has weights on the meta device (offloaded to disk or CPU by a device_map, or built without weights). "
+            "Load it into memory without offloading before pruning."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise PruningError(f"{name} has adapters injected; merge or delete them before pruning.")
+    packed = next((n for n, p in model.named_parameters() if not p.is_floating_point()), None)
+    quantizer = getattr(model, "hf_quantizer", None)
+    # A GGUF file loaded the plain way leaves its quantizer behind on weights that are dense.
+    if packed or (quantizer is not None and "gguf" not in type(quantizer).__name__.lower()):
+        kind = type(quantizer).__name__ if quantizer is not None else f"{packed} is not floating point"
+        raise PruningError(f"{name} is quantised ({kind}); prune the unquantised model and quantise the result.")
