@@ -29,7 +29,7 @@ OUTCOMES = {
 
 
 def read() -> dict[str, Any]:
-    """The stored list: `versions`, `types`, `checksum`.
+    """The stored list: `versions`, `code` (a hash of it), `types`, `checksum`.
 
     Raises:
         LayerProbeError: It is not what the run wrote.
@@ -40,9 +40,9 @@ def read() -> dict[str, Any]:
     return stored
 
 
-def write(types: dict[str, dict[str, Any]]) -> None:
-    """Stores what the run found."""
-    stored: dict[str, Any] = {"written_by": WRITTEN_BY, "versions": versions(), "types": types}
+def write(types: dict[str, dict[str, Any]], code: str) -> None:
+    """Stores what the run found, and by which code."""
+    stored: dict[str, Any] = {"written_by": WRITTEN_BY, "versions": versions(), "code": code, "types": types}
     stored["checksum"] = _checksum(stored)
     # A line for each type, so that a change can be read.
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(record)}" for name, record in types.items())

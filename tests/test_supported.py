@@ -1,6 +1,7 @@
 """The list of model types that were tried: who may write it, what the README and the command make of it."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,25 @@ def test_the_list_is_not_changed_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(supported, "files", lambda package: tmp_path)
     with pytest.raises(LayerProbeError, match=r"changed by hand; only `python -m tests.conformance --write`"):
         supported.read()
+
+
+def test_all_types_are_tried_again_where_other_code_wrote_the_list(monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):  # which the module sets
+        monkeypatch.setenv(name, "1")
+    conformance = import_module("conformance.__main__")
+    stored, tried = supported.read() | {"versions": supported.versions()}, []
+
+    def run(types, _processes, journal):
+        tried.extend(types)
+        journal.touch()
+        return stored["types"]
+
+    monkeypatch.setattr(conformance, "run", run)
+    monkeypatch.setattr("sys.argv", ["conformance", "--if-changed"])
+    monkeypatch.setattr(supported, "read", lambda: stored | {"code": conformance.fingerprint()})
+    assert conformance.main() == 0 and not tried
+    monkeypatch.setattr(supported, "read", lambda: stored | {"code": "0" * 16})
+    assert conformance.main() == 0 and tried == list(model_types())
 
 
 def run(*arguments, code=0):

@@ -1,8 +1,9 @@
-"""Tries every model type of the installed Transformers: `python -m tests.conformance [--write] [--processes 2]`.
+"""Tries every model type of the installed Transformers: `python -m tests.conformance [--write | --if-changed] [--processes 2]`.
 
 Without `--write` it compares what it finds with `hf_layerprobe/supported_models.json`, which nothing else may write, and
 fails on a difference. It always fails on a model that reloads as another function and on an exception that is not a
-refusal. Interrupted, it goes on where it was when it is started again, unless any code has changed since.
+refusal. Interrupted, it goes on where it was when it is started again, unless any code has changed since. With
+`--if-changed` nothing is tried where the list was written by the very code and versions that are here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("types", nargs="*", help="these types only; nothing is written or compared")
     parser.add_argument("--write", action="store_true", help="write the list of supported models")
+    parser.add_argument("--if-changed", action="store_true", help="only where the list is by other code or versions")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.if_changed and supported.read().get("code") == fingerprint():
+        return 0
     if arguments.types:
         found = run(arguments.types, arguments.processes)
         print(json.dumps(found, indent=1))
@@ -53,7 +58,7 @@ def main() -> int:
         return 0
     journal.unlink()
     if arguments.write:
-        supported.write(found)
+        supported.write(found, fingerprint())
         write_table(supported.table(found))
         return 0
     return differs(found)
@@ -64,7 +69,8 @@ def fingerprint() -> str:
     here = Path(__file__).parent
     library = here.parents[1] / "hf_layerprobe"
     content = hashlib.sha256(json.dumps(supported.versions()).encode())
-    for file in sorted([*here.glob("*.py"), *library.glob("stacks/*.py"), *library.glob("surgery/**/*.py")]):
+    parts = (library.glob(pattern) for pattern in ("stacks/*.py", "surgery/**/*.py", "prune.py"))
+    for file in sorted([*here.glob("*.py"), *chain.from_iterable(parts)]):
         content.update(file.read_bytes())
     return content.hexdigest()[:16]
 
