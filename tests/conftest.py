@@ -10,12 +10,29 @@ import pytest
 import torch
 from tiny import tiny_model
 from training import rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from hf_layerprobe import supported
 from hf_layerprobe.embedded import embedded_model, embedded_texts
 
 logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out tests marked `model_type(name)` where the installed Transformers does not have that type yet."""
+    here, newest = set(CONFIG_MAPPING), set(supported.read()["types"])
+    absent = []
+    for item in items:
+        names = {marker.args[0] for marker in item.iter_markers("model_type")}
+        if names - here - newest:
+            raise pytest.UsageError(
+                f"{item.nodeid}: no Transformers has the model types {sorted(names - here - newest)}."
+            )
+        if names - here:
+            absent.append(item)
+    config.hook.pytest_deselected(items=absent)
+    items[:] = [item for item in items if item not in absent]
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from test_prune import assert_same_outputs, outputs
 from test_prune_composites import hybrid, qwen3_vl
 from tiny import FAMILIES, GQA, redrawn, tiny_model
 from torch import nn
+from transformers.models.mllama import MllamaVisionConfig
 
 from hf_layerprobe import PruningError, PruningPlan, find_stacks, plan_pruning, prune_layers
 from hf_layerprobe.scores import LayerScores
@@ -19,6 +20,7 @@ from hf_layerprobe.stacks.bind import ConfigBinding
 from hf_layerprobe.stacks.taps import check_taps, tap_edits
 from hf_layerprobe.surgery.outputs import difference, float_outputs, without_removed
 
+GEMMA4 = pytest.mark.model_type("gemma4")
 SIX = {**GQA, "num_hidden_layers": 6}
 
 
@@ -67,8 +69,13 @@ def removed(model, keep, part=0):
         (jamba, [1], "repeats every 8 layers", [[15], [13, 14]]),
         (switch, [1], "repeats every 2 layers", [[5], [1, 2]]),
         (modernbert, [0, 3], "only layer 0 is of its kind", [[3, 4], [3], [2, 3, 4]]),
-        (gemma4, [11], "forces layer_types of the last layer to be 'full_attention'", [[10], [9, 10]]),
-        (gemma4, [7], r"the last layers .* read the keys and values of layers \[7\], which must stay", [[8], [6, 8]]),
+        pytest.param(
+            gemma4, [11], "forces layer_types of the last layer to be 'full_attention'", [[10], [9, 10]], marks=GEMMA4
+        ),
+        pytest.param(
+            gemma4, [7], r"the last layers .* read the keys and values of layers \[7\], which must stay", [[8], [6, 8]],
+            marks=GEMMA4,
+        ),
         (lambda: hybrid(["linear_attention", "full_attention"] * 2), [1, 3], "at least one layer with attention", [[2, 3], [3]]),
         (qwen3_vl, [2], "Keep layers 0 to 2", [[3], [3, 4]]),
     ],
@@ -85,7 +92,14 @@ def test_why_not_and_what_instead(make, layers, reason, nearest):
 
 
 @pytest.mark.parametrize(
-    "make, layers", [(jamba, range(8)), (switch, [0, 1]), (modernbert, [1, 5]), (gemma4, [0]), (gemma4, [8])]
+    "make, layers",
+    [
+        (jamba, range(8)),
+        (switch, [0, 1]),
+        (modernbert, [1, 5]),
+        pytest.param(gemma4, [0], marks=GEMMA4),
+        pytest.param(gemma4, [8], marks=GEMMA4),
+    ],
 )
 def test_whole_periods_and_free_layers_can_go(make, layers):
     model = on_meta(make)
@@ -171,6 +185,7 @@ def test_t5_moves_its_position_bias(part):
     assert block.layer[0].SelfAttention.relative_attention_bias.weight.shape == (32, 4)
 
 
+@pytest.mark.model_type("minicpm3")
 def test_minicpm3_corrects_its_scale():
     config = tf.MiniCPM3Config(
         **{**SIX, "num_key_value_heads": 4},
@@ -207,6 +222,7 @@ def test_sparse_layers_are_named():
     assert (pruned.config.decoder_sparse_step, pruned.config.mlp_only_layers) == (1, [1, 2, 3])
 
 
+@GEMMA4
 def test_gemma4_keeps_each_layers_settings_and_its_part_of_the_embeddings():
     model = redrawn(gemma4())
     pruned = same_as_bypassed(model, [0, 6, 9])
@@ -423,6 +439,7 @@ def test_states_that_become_one_weigh_what_both_did(stable, layers):
             prune_layers(model, remove=[3])
 
 
+@GEMMA4
 def test_packed_tensors_belong_to_the_stack_beside_them():
     """Text and vision with as many layers each, pruned in one call."""
     text = dict(
@@ -468,7 +485,7 @@ def test_the_name_of_a_cache_slot_is_no_difference():
 
 
 def test_taps_may_repeat_a_state_and_stay_behind_the_last_layer():
-    config = tf.MllamaVisionConfig(num_hidden_layers=6, intermediate_layers_indices=[0, 2, 3, 5, 9])
+    config = MllamaVisionConfig(num_hidden_layers=6, intermediate_layers_indices=[0, 2, 3, 5, 9])
     binding = ConfigBinding((), "num_hidden_layers")
     check_taps(config, binding, 6, [0, 2, 4, 5])
     assert tap_edits(config, binding, 6, [0, 2, 4, 5]) == {(): {"intermediate_layers_indices": [0, 1, 1, 3, 4]}}

@@ -31,8 +31,9 @@ CONVERTED = {
             kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=1,
         ),
     ),
-    "nomic_bert": (tf.NomicBertForMaskedLM, lambda: tf.NomicBertConfig(**TEXT)),
 }  # fmt: skip
+if "nomic_bert" in tf.CONFIG_MAPPING:  # which Transformers 5.0 does not have
+    CONVERTED["nomic_bert"] = (tf.NomicBertForMaskedLM, lambda: tf.NomicBertConfig(**TEXT))
 
 
 def matrix(checkpoint: Checkpoint, layer: int, kind: str) -> torch.Tensor:

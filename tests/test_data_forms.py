@@ -36,7 +36,8 @@ def rendered(chat):
 
 
 def image_processor(**options):
-    return tf.ViTImageProcessorPil(size={"height": 16, "width": 16}, **options)
+    processor = tf.ViTImageProcessorPil if hasattr(tf, "ViTImageProcessorPil") else tf.ViTImageProcessor  # older
+    return processor(size={"height": 16, "width": 16}, **options)
 
 
 @pytest.mark.parametrize("processor", [chat_tokenizer, lambda: tf.LlavaProcessor(image_processor(), chat_tokenizer())])
@@ -224,7 +225,7 @@ SILENT = {"array": np.zeros(800, np.float32), "sampling_rate": 8000}
         ("llama", CHATS, tiny_tokenizer(), "no chat template"),
         ("llama", pd.DataFrame({"text": TEXTS}), tiny_tokenizer(), "a pandas DataFrame; pass a column"),
         ("llama", CHATS, None, "a tokenizer is needed"),
-        ("llama", TEXTS, image_processor(), "a tokenizer is needed, and ViTImageProcessorPil has none"),
+        ("llama", TEXTS, image_processor(), "a tokenizer is needed, and ViTImageProcessor(Pil)? has none"),
         ("llama", CHATS[0], chat_tokenizer(), r"data is one conversation.*\[data\]"),
         ("llama", [*CHATS, "text"], chat_tokenizer(), r"mixes conversations with str \(row 2\)"),
         ("llama", [{"text": "a pear"}, {"body": "x"}], tiny_tokenizer(), r"Row 1 .* no text under 'text': it has \['body'\]"),
@@ -234,7 +235,7 @@ SILENT = {"array": np.zeros(800, np.float32), "sampling_rate": 8000}
         ("vit", [{"image": IMAGES[0]}], None, "data holds images, so the model's processor is needed, and none was passed"),
         ("vit", [{"image": IMAGES[0]}], tiny_tokenizer(), "TokenizersBackend reads none"),
         ("vit", [{"image": IMAGES[0]}, {"label": 1}], image_processor(), r"Row 1 .* no image under 'image'"),
-        ("whisper", [{"audio": SILENT}], image_processor(), "data holds audio, .* ViTImageProcessorPil reads none"),
+        ("whisper", [{"audio": SILENT}], image_processor(), "data holds audio, .* ViTImageProcessor(Pil)? reads none"),
         ("whisper", [{"audio": SILENT}], tf.WhisperFeatureExtractor(), "8000 samples a second, .* expects 16000"),
     ],
 )  # fmt: skip

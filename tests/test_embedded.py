@@ -48,6 +48,8 @@ def test_a_missing_package_is_named_with_the_command(missing, tmp_path, monkeypa
 
 def test_a_conversion_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     class Broken:
+        config = None
+
         def save_pretrained(self, folder):
             (folder / "half.bin").touch()
             raise RuntimeError("disk")
@@ -55,7 +57,7 @@ def test_a_conversion_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded.constants, "HF_HOME", str(tmp_path))
     monkeypatch.setattr(embedded, "_packaged", lambda *_: tmp_path / "model.gguf")
     monkeypatch.setattr(embedded, "_find", lambda _: tmp_path)
-    monkeypatch.setattr(embedded.AutoTokenizer, "from_pretrained", lambda *_, **__: Broken())
+    monkeypatch.setattr(embedded, "_tokenizer", lambda *_: Broken())
     monkeypatch.setattr(embedded.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: Broken())
     with pytest.raises(RuntimeError, match="disk"):
         embedded.embedded_model()
@@ -69,6 +71,9 @@ def test_the_model_is_converted_once_and_opens_as_any_other(monkeypatch):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.num_hidden_layers == 30
     assert getattr(model.config, "quantization_config", None) is None
+    specials = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side)
+    assert specials == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "right")
+    assert tokenizer("The city of Paris").input_ids == [504, 2240, 282, 7042]
     ids = model.generate(
         **tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=3, do_sample=False
     )

@@ -165,6 +165,7 @@ def test_bypass_runs_only_the_layers_behind():
     assert len(ran) - 2 * first == 4 + 4 + 10
 
 
+@pytest.mark.model_type("gemma4")
 def test_layers_that_read_more_than_their_input():
     """The last layers of Gemma 4 use keys and values of earlier ones, which a skipped layer does not leave."""
     config = tf.Gemma4TextConfig(

@@ -8,6 +8,7 @@ from tiny import FAMILIES, redrawn, tiny_model
 from hf_layerprobe import LayerProbeError, PruningError, find_stacks, prune_layers
 from hf_layerprobe.stacks import bypassed, resolve_stack
 
+VIT = "vit.layers" if hasattr(tf.ViTModel(FAMILIES["vit"][1]()), "layers") else "vit.encoder.layer"  # of older versions
 # family → (path, number of layers, config field) of every stack, in order
 EXPECTED = {
     "llama": [("model.layers", 4, "num_hidden_layers")],
@@ -21,7 +22,7 @@ EXPECTED = {
     "bert": [("bert.encoder.layer", 4, "num_hidden_layers")],
     "t5": [("encoder.block", 4, "num_layers"), ("decoder.block", 5, "num_decoder_layers")],
     "bart": [("model.encoder.layers", 4, "encoder_layers"), ("model.decoder.layers", 5, "decoder_layers")],
-    "vit": [("vit.layers", 4, "num_hidden_layers")],
+    "vit": [(VIT, 4, "num_hidden_layers")],
     "whisper": [("model.encoder.layers", 4, "encoder_layers"), ("model.decoder.layers", 5, "decoder_layers")],
 }
 
@@ -151,6 +152,7 @@ def test_one_field_that_drives_several_lists(part):
     prune_layers(model, remove={"transformer.attentions": [1], "transformer.ffns": [1]})
 
 
+@pytest.mark.model_type("nemotron_h")
 def test_a_list_whose_length_is_the_number_of_layers():
     kinds = ["mamba", "full_attention", "mlp", "mamba"]
     config = tf.NemotronHConfig(

@@ -219,7 +219,7 @@ def _repacked(edit: StackEdit, name: str, shape: tuple[int, ...], old: tuple[int
     # Of several stacks, it belongs to the one beside it.
     for path, keep in sorted(edit.kept.items(), key=lambda item: -_shared_parts(name, item[0])):
         num_layers = edit.num_layers[path]
-        if name.endswith(MID_POSITIONS):
+        if MID_POSITIONS.search(name):
             return mid_positions(name, num_layers, keep)
         if name.endswith(STATE_WEIGHTS) and (old, shape) == ((num_layers + 1,), (len(keep) + 1,)):
             return state_weights(name, num_layers, keep, getattr(edit.model.config, "do_stable_layer_norm", False))

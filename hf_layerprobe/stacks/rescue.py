@@ -30,7 +30,7 @@ PACKED = {
 # Buffers with an entry for each of the last layers.
 OF_LAST_LAYERS = "attn_mask_probs"
 STATE_WEIGHTS = "layer_weights"
-MID_POSITIONS = "interpolation.mid_position_embeddings"
+MID_POSITIONS = re.compile(r"encoder\.(interpolation\.)?mid_position_embeddings$")
 
 
 class Rescue:
@@ -110,7 +110,7 @@ def mid_positions(name: str, num_layers: int, keep: Sequence[int]) -> dict[str, 
             "position embeddings are added after every layer but the last, so the last layer must stay",
             needs=[{num_layers - 1}],
         )
-    first = f"{name.removesuffix('encoder.' + MID_POSITIONS)}embeddings.position_embeddings"
+    first = f"{MID_POSITIONS.sub('', name)}embeddings.position_embeddings"
     ends = [*keep[1:]]
     computed: dict[str, Compute] = {
         name: lambda old: torch.stack([old[name][i:end].sum(0) for i, end in zip(keep, ends, strict=False)])
@@ -186,4 +186,7 @@ FOLDS: dict[tuple[str, str], Callable[[str, float, float], dict[str, Compute]]] 
     ("DecisionTransformerGPT2Attention", "scaling"): _query_scale,
     ("EsmcLayer", "scaling_factor"): _residual_scale,
     ("DiffLlamaAttention", "lambda_init"): _differential,
+    # Before Transformers had one class for all kernels.
+    ("DiffLlamaSdpaAttention", "lambda_init"): _differential,
+    ("DiffLlamaFlashAttention2", "lambda_init"): _differential,
 }

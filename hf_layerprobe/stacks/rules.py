@@ -67,10 +67,15 @@ def check_lengths(old: PreTrainedConfig, new: PreTrainedConfig) -> None:
 def _attention_layers(config: PreTrainedConfig) -> list[int] | None:
     """Layers of the decoder whose cache holds keys and values; None where no cache can be made from the config."""
     try:
-        layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+        decoder = config.get_text_config(decoder=True)
+        layers = DynamicCache(config=decoder).layers
     except Exception:  # of a model without a decoder, or with caches of its own
         return None
-    return [i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
+    # Early versions of Transformers 5 make a layer with keys and values for every layer of a hybrid.
+    without = {
+        i for i, kind in enumerate(getattr(decoder, "layer_types", None) or ()) if kind in ("linear_attention", "conv")
+    }
+    return [i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin) and i not in without]
 
 
 def _cycles(period: int, what: str) -> Callable:
