@@ -6,6 +6,7 @@ from pathlib import Path
 
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import AutoHfQuantizer
 
 from .errors import LayerProbeError
 
@@ -18,10 +19,12 @@ def load_model(name_or_path: str | Path, *, token: str | bool | None = None) -> 
         token: The token for the Hub, where the one of `hf auth login` or `HF_TOKEN` is not meant.
 
     Raises:
-        LayerProbeError: The config names no class, or one that Transformers does not have.
+        LayerProbeError: The config names no class, or one that Transformers does not have; or the model is quantised in a way
+            that does not run here.
         OSError: No such folder or Hub id.
     """
-    _, model_class = load_class(name_or_path, token=token)
+    config, model_class = load_class(name_or_path, token=token)
+    check_runs(config)
     return model_class.from_pretrained(name_or_path, dtype="auto", token=token)
 
 
@@ -46,6 +49,25 @@ def load_class(
             "not have. Load the model with its own class and pass the model."
         )
     return config, model_class
+
+
+def check_runs(config: PreTrainedConfig) -> None:
+    """Refuses a quantised model that cannot be loaded here, before anything is fetched or written.
+
+    Raises:
+        LayerProbeError: Its method is unknown, or the package for it is not installed or does not run on this machine.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    try:
+        # Left alone, an unknown method is passed over, and codes are loaded as if they were weights.
+        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment()
+    except (ImportError, RuntimeError, ValueError) as error:
+        method = settings["quant_method"] if isinstance(settings, dict) else settings.quant_method
+        raise LayerProbeError(
+            f"The model is quantised with {str(method)!r} and cannot be run here: {str(error).rstrip('.')}."
+        ) from error
 
 
 def _class_by_task(name: str, config: PreTrainedConfig, token: str | bool | None) -> type[PreTrainedModel] | None:

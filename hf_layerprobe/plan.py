@@ -22,7 +22,7 @@ from .hub import PLAN_FILE, fetch_file, is_repo_id
 from .search import Choice, Curve, choose
 from .stacks import LayerStack, resolve_stack
 from .stacks.admissible import expressible
-from .weights.checksum import sign_checksum
+from .weights.checksum import Read, sign_checksum
 
 logger = logging.get_logger(__name__)
 
@@ -154,8 +154,12 @@ class PruningPlan:
             )
         return cls.load(fetch_file(str(name_or_path), PLAN_FILE, revision=revision, token=token))
 
-    def check_fits(self, stack: LayerStack) -> None:
+    def check_fits(self, stack: LayerStack, read: Read | None = None) -> None:
         """Refuses a model that the plan was not made for.
+
+        Args:
+            stack: The layers that the plan is to be carried out on.
+            read: Reads their values by name, where they are in files; see [`sign_checksum`].
 
         Raises:
             PruningError: Another number of layers, or other weights than the plan was made from.
@@ -164,7 +168,7 @@ class PruningPlan:
             raise PruningError(
                 f"The plan was made for {self.num_layers} layers in {self.stack!r}; this model has {stack.num_layers} there."
             )
-        made_for, found = self.model.get("checksum"), sign_checksum(stack)
+        made_for, found = self.model.get("checksum"), sign_checksum(stack, read)
         if made_for and found and made_for != found:
             raise PruningError(
                 f"The plan was made for another model: the checksum of the layers it was made for ({self.model.get('class')}) is "

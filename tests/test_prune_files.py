@@ -50,7 +50,11 @@ def test_the_same_model_as_in_memory(family, tmp_path):
     found, expected = stored(tmp_path / "out"), stored(tmp_path / "other")
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
     assert (tmp_path / "out" / "pruning_plan.json").is_file() and (tmp_path / "out" / "README.md").is_file()
-    assert PruningPlan.load(tmp_path / "out").remove == PruningPlan.load(tmp_path / "other").remove
+    plans = [PruningPlan.load(tmp_path / name) for name in ("out", "other")]
+    assert [part.remove for part in plans[0].parts] == [part.remove for part in plans[1].parts]
+    # The layers that a plan was made for have one checksum, in files and in memory.
+    assert [part.model["checksum"] for part in plans[0].parts] == [part.model["checksum"] for part in plans[1].parts]
+    assert all(part.model["checksum"] for part in plans[0].parts)
 
 
 def test_one_file_stays_one_and_empty_files_go(tmp_path):
@@ -156,6 +160,22 @@ def test_the_command(tmp_path):
     assert stored(tmp_path / "out").keys() == stored(tmp_path / "again").keys()
     run("prune-files", base, "--remove", "9", "--output", tmp_path / "no", code=2)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_plan_for_other_weights(hub, tmp_path):  # noqa: F811
+    """Of the same shape, but not the ones that the plan was made for."""
+    base, other = tiny_folder(tmp_path / "base"), tiny_folder(tmp_path / "other", seed=1)
+    store(hub, "ada/other", other)
+    made = plan_pruning(tiny_model("llama"), remove=[1])
+    prune_checkpoint(base, remove=[1], output_dir=tmp_path / "pruned")
+    for plan in (made, PruningPlan.load(tmp_path / "pruned")):
+        for name in (other, "ada/other"):
+            with pytest.raises(PruningError, match=r"made for another model: .*remove=\[1\]"):
+                prune_checkpoint(name, plan, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    half = tiny_model("llama").to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")  # another dtype is the same model
+    prune_checkpoint(tmp_path / "half", made, output_dir=tmp_path / "out", verify=False)
 
 
 def test_what_cannot_be_done_on_files(tmp_path, monkeypatch):

@@ -190,6 +190,8 @@ def _is_stack(layers: nn.Module) -> bool:
 def _holds_matrices(layer: nn.Module) -> bool:
     """Whether the layer mixes features by matrices rather than by convolutions alone."""
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if any(hasattr(module, "qweight") for module in layer.modules()):  # GPTQ and AWQ have buffers in their place
+        return True
     return any(
         len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # under ZeRO-3 the parameter itself is empty
         for module in layer.modules()

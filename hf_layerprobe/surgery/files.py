@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import LayerProbeError, PruningError
 from ..files import check_new_folder, new_folder
-from ..loading import load_class
+from ..loading import check_runs, load_class
 from ..plan import PruningPlan, plan_pruning
 from ..progress import progress
-from ..stacks import resolve_stack
+from ..stacks import LayerStack, resolve_stack
 from ..stacks.admissible import expressible
 from ..stacks.edit import StackEdit
+from ..weights.checksum import Read, file_values, sign_checksum
 from ..weights.conversion import find_sources
 from ..weights.rewrite import rewrite
 from ..weights.shards import Shards
@@ -69,14 +71,16 @@ def prune_checkpoint(
         stack: Path of the stack; the main one by default.
         output_dir: A new or empty folder.
         verify: Then also run the new model and the old one, mapped from their files (they need address space, not memory of
-            their own), and compare them as [`prune_layers`] does. Quantised checkpoints are not run.
+            their own), and compare them as [`prune_layers`] does. Quantised ones run where their package does; some packages
+            dequantise them for that, which takes memory.
         token: The token for the Hub.
 
     Returns:
         The folder.
 
     Raises:
-        PruningError: The kept set cannot be expressed, or the plan is for another number of layers.
+        PruningError: The kept set cannot be expressed, the plan is for another model, or `verify` is asked for of a
+            quantised model that does not run here.
         VerificationError: The new model does not compute what the old one does with those layers bypassed.
         LayerProbeError: No safetensors checkpoint, one that is damaged, or one whose names do not tell the layers.
     """
@@ -87,16 +91,15 @@ def prune_checkpoint(
     with torch.device("meta"):
         model = model_class(config)
     model.config.name_or_path = name
-    if plan is None:
+    given = plan is not None
+    if not given:
         plan = plan_pruning(model, remove=remove, keep=keep, stack=stack)
     elif remove is not None or keep is not None or stack is not None:
         raise PruningError("Pass a plan, or say what to remove; not both.")
-    kept = {}
-    for part in plan.parts:
-        found = resolve_stack(model, part.stack)
-        part.check_fits(found)
-        kept[found] = part.keep
-    edit = expressible(kept)
+    stacks = [resolve_stack(model, part.stack) for part in plan.parts]
+    for part, found in zip(plan.parts, stacks, strict=True):
+        part.check_fits(found)  # their number: the values are in the files
+    edit = expressible({found: part.keep for part, found in zip(plan.parts, stacks, strict=True)})
     moved = {**edit.sources, **edit.computed}
     if moved:
         raise PruningError(
@@ -107,7 +110,20 @@ def prune_checkpoint(
     names = {path: _place(model, path, shards.keys) for path in edit.kept}
     renaming = _Renaming({names[path]: keep for path, keep in edit.kept.items()})
     _check_complete(model, edit, shards, renaming)
+    if verify:
+        try:
+            check_runs(config)
+        except LayerProbeError as error:
+            raise PruningError(
+                f"{error} So the result could not be compared with it; verify=False goes without."
+            ) from error
     shards.locate(shards.keys)
+    read = file_values(model, shards)
+    if given:
+        for part, found in zip(plan.parts, stacks, strict=True):
+            part.check_fits(found, read)
+    else:
+        plan = _signed(plan, stacks, read)
 
     with new_folder(output_dir) as folder:
         _copy_tensors(shards, folder, renaming)
@@ -123,7 +139,7 @@ def prune_checkpoint(
         from ..report import write_card  # the last room: it stands behind this one
 
         write_card(folder, model)
-        if verify and settings is None:
+        if verify:
             _compare(model_class, name, folder, plan, token)
     return output_dir
 
@@ -186,6 +202,15 @@ def _check_complete(model: PreTrainedModel, edit: StackEdit, shards: Shards, ren
             f"The pruned {type(new).__name__} would find no tensor for {len(missing)} of its parameters, such as {min(missing)!r}; "
             "load the model and prune it in memory."
         )
+
+
+def _signed(plan: PruningPlan, stacks: Sequence[LayerStack], read: Read) -> PruningPlan:
+    """The plan with the checksum of the layers in the files, which the model without weights could not give it."""
+    parts = [
+        replace(part, model={**part.model, "checksum": sign_checksum(found, read) or ""})
+        for part, found in zip(plan.parts, stacks, strict=True)
+    ]
+    return replace(parts[0], also=tuple(parts[1:]))
 
 
 def _copy_tensors(shards: Shards, folder: Path, renaming: _Renaming) -> None:

@@ -35,4 +35,7 @@ def check_prunable(model: Any) -> None:
     # A GGUF file loaded the plain way leaves its quantizer behind on weights that are dense.
     if packed or (quantizer is not None and "gguf" not in type(quantizer).__name__.lower()):
         kind = type(quantizer).__name__ if quantizer is not None else f"{packed} is not floating point"
-        raise PruningError(f"{name} is quantised ({kind}); prune the unquantised model and quantise the result.")
+        raise PruningError(
+            f"{name} is quantised ({kind}); prune the unquantised model and quantise the result, or remove the layers from the "
+            "quantised model's files (`prune_checkpoint`, `hf-layerprobe prune-files`), where every weight stays as it is."
+        )

@@ -6,9 +6,12 @@ The kinds are those of the DOCS paper (q, k, v, o, up, down) and the MLP's gate.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+
+from .packed import is_packed
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 MLP_KINDS = frozenset(("gate", "up", "down"))
@@ -78,9 +81,7 @@ class NamedWeight:
 def find_modules(layer: nn.Module) -> list[NamedWeight]:
     """The named matrices of one layer, in module order."""
     found = []
-    for name, parameter in layer.named_parameters():
-        # Under ZeRO-3 parameters are empty, and have their shape in `ds_shape`.
-        dims = len(getattr(parameter, "ds_shape", parameter.shape))
+    for name, dims in _tensors(layer):
         is_matrix = dims == 2 and name.endswith(".weight")
         if not (is_matrix or dims == 3) or CROSS_ATTENTION.search(name):
             continue
@@ -93,3 +94,18 @@ def find_modules(layer: nn.Module) -> list[NamedWeight]:
                 found.append(NamedWeight(layer.get_submodule(owner), attribute, kinds, packing, adapter))
                 break
     return found
+
+
+def _tensors(layer: nn.Module) -> Iterator[tuple[str, int]]:
+    """The name of each parameter and how many dimensions it has; of a packed module, those of the weight it stands for."""
+    once = {id(parameter) for parameter in layer.parameters()}
+    for path, module in layer.named_modules():
+        prefix = f"{path}." if path else ""
+        if is_packed(module):
+            yield f"{prefix}weight", 2
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in once:  # two modules may share it
+                once.remove(id(parameter))
+                # Under ZeRO-3 parameters are empty, and have their shape in `ds_shape`.
+                yield f"{prefix}{name}", len(getattr(parameter, "ds_shape", parameter.shape))

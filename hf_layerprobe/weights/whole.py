@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import LayerProbeError
 from .naming import NamedWeight
+from .packed import is_packed, packed_shape, unpack
 
 
 def merged(weight: NamedWeight) -> torch.Tensor:
@@ -33,7 +34,7 @@ def merged(weight: NamedWeight) -> torch.Tensor:
                     f"({type(error).__name__}: {error}). Read the weights below it with adapters='base'."
                 ) from error
             module = module.base_layer
-    return gathered(getattr(module, weight.parameter))
+    return _read(module, weight.parameter)
 
 
 def base(weight: NamedWeight) -> torch.Tensor:
@@ -42,12 +43,18 @@ def base(weight: NamedWeight) -> torch.Tensor:
     Raises:
         LayerProbeError: A parameter that is partitioned.
     """
-    return gathered(getattr(weight.owner, weight.parameter))
+    return _read(weight.owner, weight.parameter)
 
 
 def outline(weight: NamedWeight) -> torch.Tensor:
-    """A tensor of the whole parameter's shape without values; nothing is gathered."""
-    return torch.empty(full_shape(getattr(weight.owner, weight.parameter)), device="meta")
+    """A tensor of the whole parameter's shape without values; nothing is gathered or unpacked."""
+    owner = weight.owner
+    shape = packed_shape(owner) if is_packed(owner) else full_shape(getattr(owner, weight.parameter))
+    return torch.empty(shape, device="meta")
+
+
+def _read(owner: nn.Module, parameter: str) -> torch.Tensor:
+    return unpack(owner) if is_packed(owner) else gathered(getattr(owner, parameter))
 
 
 def gathered(parameter: torch.Tensor) -> torch.Tensor:
