@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
-from training import entries, rows
+from training import CHECKPOINTING, entries, rows
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from hf_layerprobe import (
@@ -159,7 +159,7 @@ def test_the_score_is_that_of_the_steps_before(make_trainer):
     assert pruning.removed == {3: score_layers(before, list(keeps.batches), by="influence").least_important(1)}
 
 
-@pytest.mark.parametrize("arguments", [dict(bf16=True), dict(activation_checkpointing=True)], ids=str)
+@pytest.mark.parametrize("arguments", [dict(bf16=True), {CHECKPOINTING: True}], ids=str)
 def test_in_other_kinds_of_run(make_trainer, arguments):
     model = tiny_model("llama")
     model.config.use_cache = False

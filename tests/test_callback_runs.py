@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import redrawn, tiny_model, tiny_tokenizer
 from torch._dynamo.utils import counters
-from training import AVSS, LAYERS, entries, expected, logged, model_hooks, rows, steps
+from training import AVSS, CHECKPOINTING, LAYERS, entries, expected, logged, model_hooks, rows, steps
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -48,8 +48,8 @@ class Keeps(TrainerCallback):
     [
         ({}, 1),
         (dict(gradient_accumulation_steps=2), 2),
-        (dict(activation_checkpointing=True), 1),
-        (dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True}), 1),
+        ({CHECKPOINTING: True}, 1),
+        ({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, 1),
     ],
     ids=["plain", "accumulated", "checkpointed", "checkpointed with reentry"],
 )

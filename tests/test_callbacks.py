@@ -21,9 +21,9 @@ from hf_layerprobe.callbacks import LayerProbeCallback
 
 def test_an_entry_holds_the_scores_of_the_evaluation_batches(make_trainer):
     names = ("avss", "avss-published", "avss-released", "influence", "docs")
-    trainer = make_trainer(LayerProbeCallback(names), eval_strategy="steps", eval_steps=3)
+    trainer = make_trainer(LayerProbeCallback(names), eval_strategy="steps", eval_steps=2)
     trainer.train()
-    assert [e["step"] for e in entries(trainer)] == [3, 4]
+    assert [e["step"] for e in entries(trainer)] == [2, 4]
     similarity = docs(trainer.model)
     for entry in entries(trainer):
         assert entry["epoch"] == entry["step"] / 4
@@ -95,12 +95,12 @@ def test_only_the_main_process_logs(make_trainer):
 
 
 def test_every_epoch(make_trainer):
-    arguments = dict(eval_strategy="steps", eval_steps=3, max_steps=-1, num_train_epochs=2)
+    arguments = dict(eval_strategy="steps", eval_steps=3, max_steps=-1, num_train_epochs=3)
     trainer = make_trainer(LayerProbeCallback(every="epoch"), **arguments)
     trainer.train()
-    # Evaluations at 3, 6 and 8 (the Trainer's own, at the end); epochs end at 4 and 8.
-    assert steps(trainer, "layerprobe/docs/") == [4, 8]
-    assert steps(trainer, "layerprobe/avss/") == [6, 8]
+    # Evaluations at 3, 6, 9 and 12; epochs end at 4, 8 and 12.
+    assert steps(trainer, "layerprobe/docs/") == [4, 8, 12]
+    assert steps(trainer, "layerprobe/avss/") == [6, 9, 12]
 
 
 def test_every_epoch_with_an_evaluation_an_epoch_and_an_epoch_cut_short(make_trainer):
@@ -246,7 +246,7 @@ def test_training_is_bit_identical(make_trainer):
             *callbacks,
             model=LlamaForCausalLM(config),
             learning_rate=0.01,
-            max_steps=8,
+            max_steps=9,
             eval_strategy="steps",
             eval_steps=3,
             logging_steps=1,
@@ -257,7 +257,7 @@ def test_training_is_bit_identical(make_trainer):
 
     _, losses, weights = run()
     trainer, losses_with, weights_with = run(LayerProbeCallback(("avss", "influence", "docs")))
-    assert len(entries(trainer)) == 3 and len(losses) == 8 + 8 + 3
+    assert len(entries(trainer)) == 3 and len(losses) == 9 + 9 + 3
     assert losses == losses_with
     assert all(torch.equal(weights[name], weights_with[name]) for name in weights)
 

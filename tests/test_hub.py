@@ -48,9 +48,18 @@ def hub(monkeypatch, tmp_path_factory):
         "HF_TOKEN_PATH": str(home / "token"),
         "HF_HUB_DISABLE_XET": True,
     }.items():
-        monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(
+            constants, name, value, raising=name != "HF_URL_HOSTS"
+        )  # older clients do not check the host
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # newer versions keep a client
+    # Older clients validate cards at huggingface.co whatever the endpoint.
+    post = SimpleNamespace(
+        post=lambda url, **options: _http.get_session().post(
+            url.replace("https://huggingface.co", server.endpoint), **options
+        )
+    )
+    monkeypatch.setattr("huggingface_hub.repocard.get_session", lambda: post)
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))  # between the client's retries
     server.home = home
     yield server

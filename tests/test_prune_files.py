@@ -116,7 +116,8 @@ def test_from_the_hub(hub, tmp_path):  # noqa: F811
 def test_float8_weights_stay_as_they_are(tmp_path):
     """Scales move with their matrices, and the settings name the layers by their new numbers."""
     folder = tiny_folder(tmp_path / "in")
-    tensors = load_file(folder / "model.safetensors")
+    # Copies: what is loaded is a map of the file, which is written anew.
+    tensors = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()}
     for key in [key for key in tensors if "proj" in key and "layers.3" not in key]:
         tensors[key] = tensors[key].to(torch.float8_e4m3fn)
         tensors[f"{key}_scale_inv"] = torch.ones(1)

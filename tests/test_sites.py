@@ -8,6 +8,7 @@ import transformers as tf
 from test_activation_scores import assert_same, recorded
 from test_token_masks import AUDIO, lengths_mask, lively
 from tiny import GQA, TEXT, tiny_model
+from transformers.models.vit import modeling_vit
 
 from hf_layerprobe import LayerProbeError, avss, find_stacks, score_layers
 from hf_layerprobe.activations import LayerStream
@@ -33,7 +34,7 @@ PLACES = {
         ("layer.0.SelfAttention", "layer.2.DenseReluDense", "layer.2.DenseReluDense.wo"),
     ],
     "bart": [BART, BART],
-    "vit": [("attention", "mlp", "mlp.fc2")],
+    "vit": [("attention", "mlp", "mlp.fc2") if hasattr(modeling_vit, "ViTMLP") else BERT],  # older ones
     "whisper": [BART, BART],
     "wav2vec2": [("attention", "feed_forward", "feed_forward.output_dense")],
     "mixtral": [("self_attn", "mlp", None)],

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 from datasets import Dataset
+from transformers import TrainingArguments
 
 from hf_layerprobe import score_layers
 
 LENGTH, LAYERS = 6, 4
+# Its name in older versions is deprecated in newer ones.
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(TrainingArguments, CHECKPOINTING):
+    CHECKPOINTING = "gradient_checkpointing"
 AVSS = [f"layerprobe/avss/layer_{i:02d}" for i in range(LAYERS)]
 
 

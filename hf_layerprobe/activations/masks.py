@@ -118,6 +118,9 @@ class TokenMasks:
 
 def _described(model: nn.Module, around: list[nn.Module]) -> bool:
     """Whether the model's `attention_mask` is about this stack: that of a vision-language model is not about its tower."""
+    inputs = (inspect.signature(module.forward).parameters for module in around)
+    if any("pixel_values" in names and "input_ids" not in names for names in inputs):
+        return False  # in Transformers 5.0 some towers are no models of their own
     owner = next((module for module in reversed(around) if isinstance(module, PreTrainedModel)), None)
     modalities = getattr(owner, "input_modalities", "text")
     reads_tokens = getattr(model, "main_input_name", "input_ids") == "input_ids"

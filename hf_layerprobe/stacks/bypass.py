@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 
 import torch
 from torch import nn
@@ -48,33 +48,44 @@ def bypassed(stack: LayerStack, layers: Iterable[int]) -> Iterator[set[int]]:
     # Where norms are a list of their own, the residual connection is outside of the modules.
     is_parts = any(isinstance(each[0], NORMS) for each in lists)
 
-    def hand_on(index, _module, args, kwargs, output):
-        if _module is stack.layers[index]:
+    def hand_on(index, module, output, args, kwargs):
+        if module is stack.layers[index]:
             ran.add(index)
         return _continued(output, [hidden_input(args, kwargs), *args, *kwargs.values()])
 
-    def add_nothing(index, _module, _args, output):
-        if _module is stack.layers[index]:
+    def add_nothing(index, module, output, _args, _kwargs):
+        if module is stack.layers[index]:
             ran.add(index)
         return (
             torch.zeros_like(output) if isinstance(output, torch.Tensor) else (torch.zeros_like(output[0]), *output[1:])
         )
 
-    # Before other hooks: those that collect hidden states have to see the stream without the layer.
-    handles = []
+    # Not by hooks: what collects hidden states has to see the stream without the layer, and in Transformers 5.0 it replaces
+    # `forward` itself, which runs before any hook.
+    replaced = []
     for modules in lists:
         for i in layers:
             is_layer = any(modules is each for each in passing) and type(modules[i]).__name__ not in UPDATES
-            if isinstance(modules[i], NORMS) or (is_layer and not is_parts):
-                hook = modules[i].register_forward_hook(partial(hand_on, i), with_kwargs=True, prepend=True)
-            else:
-                hook = modules[i].register_forward_hook(partial(add_nothing, i), prepend=True)
-            handles.append(hook)
+            change = hand_on if isinstance(modules[i], NORMS) or (is_layer and not is_parts) else add_nothing
+            replaced.append((modules[i], vars(modules[i]).get("forward")))
+            modules[i].forward = _changed(modules[i].forward, partial(change, i, modules[i]))
     try:
         yield ran
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, own in reversed(replaced):
+            del module.forward
+            if own is not None:  # one that was there before, such as accelerate's
+                module.forward = own
+
+
+def _changed(forward: Callable, change: Callable) -> Callable:
+    """`forward`, with `change(output, args, kwargs)` as what it returns."""
+
+    @wraps(forward)
+    def changed(*args, **kwargs):
+        return change(forward(*args, **kwargs), args, kwargs)
+
+    return changed
 
 
 def _continued(output, inputs: list):

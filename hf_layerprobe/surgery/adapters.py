@@ -112,9 +112,9 @@ def with_adapters(model: PeftModel, pruned: PreTrainedModel, kept: Mapping[Layer
         else:
             config = _renumbered(model, adapter, names, pruned)
         if made is None:
-            made = get_peft_model(pruned, config, adapter_name=adapter, autocast_adapter_dtype=False)
+            made = get_peft_model(pruned, config, adapter_name=adapter)
         else:
-            made.add_adapter(adapter, config, autocast_adapter_dtype=False)
+            made.add_adapter(adapter, config)
     if not model.active_peft_config.is_prompt_learning:
         made.base_model.set_adapter(model.active_adapters)
     _share(model, made, names)

@@ -83,7 +83,10 @@ def load_parameter(
     for key, pattern in source.keys:
         converter.add_tensor(source.parameter, key, pattern, read(key))
     try:
-        converted = converter.convert(source.parameter, model=model, config=model.config)[name]
+        converted = converter.convert(source.parameter, model=model, config=model.config)
+        converted = (converted[0] if isinstance(converted, tuple) else converted)[
+            name
+        ]  # with errors, in Transformers 5.0
     except Exception as error:  # conversions raise whatever their tensors make torch raise
         files = ", ".join(key for key, _ in source.keys[:3]) + (", …" if len(source.keys) > 3 else "")
         raise LayerProbeError(
