@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import transformers
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import AutoHfQuantizer
 
@@ -38,6 +39,14 @@ def load_class(
             f"{str(name_or_path)!r} holds a PEFT adapter without its base model. Load both with "
             "`AutoPeftModelForCausalLM.from_pretrained` or the like, and pass the model."
         )
+    if not folder.is_dir():
+        try:
+            validate_repo_id(str(name_or_path))
+        except HFValidationError as error:
+            raise LayerProbeError(
+                f"There is no folder {str(name_or_path)!r}, and it is no Hub id. Name a folder that `save_pretrained` wrote, or an "
+                "id such as 'organisation/model'."
+            ) from error
     config = AutoConfig.from_pretrained(
         name_or_path, token=token, trust_remote_code=False
     )  # never asks, never runs its code
@@ -64,7 +73,7 @@ def check_runs(config: PreTrainedConfig) -> None:
         # Left alone, an unknown method is passed over, and codes are loaded as if they were weights.
         AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment()
     except (ImportError, RuntimeError, ValueError) as error:
-        method = settings["quant_method"] if isinstance(settings, dict) else settings.quant_method
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
         raise LayerProbeError(
             f"The model is quantised with {str(method)!r} and cannot be run here: {str(error).rstrip('.')}."
         ) from error

@@ -1,4 +1,4 @@
-"""optimum: its command line, its knowledge of tasks, and an export of a pruned model to ONNX."""
+"""optimum: its command line, its knowledge of tasks, its inputs, and an export of a pruned model to ONNX."""
 
 import json
 import sys
@@ -11,11 +11,19 @@ import pytest
 import torch
 import transformers as tf
 from optimum.commands import optimum_cli
+from optimum.utils import (
+    DummyAudioInputGenerator,
+    DummySeq2SeqDecoderTextInputGenerator,
+    DummyTextInputGenerator,
+    DummyVisionInputGenerator,
+    NormalizedConfigManager,
+)
 from test_hub import hub, store  # noqa: F401
 from tiny import tiny_folder, tiny_model
 
-from hf_layerprobe import LayerProbeError, docs, prune_layers
+from hf_layerprobe import LayerProbeError, docs, find_stacks, prune_layers
 from hf_layerprobe.loading import load_model
+from hf_layerprobe.stacks import bypassed
 
 
 def run(monkeypatch, *args, code=0):
@@ -79,3 +87,38 @@ class Logits(torch.nn.Module):
 
     def forward(self, input_ids, attention_mask):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+GENERATORS = {
+    "input_ids": DummyTextInputGenerator,
+    "attention_mask": DummyTextInputGenerator,
+    "decoder_input_ids": DummySeq2SeqDecoderTextInputGenerator,
+    "pixel_values": DummyVisionInputGenerator,
+    "input_features": DummyAudioInputGenerator,
+}
+
+
+@pytest.mark.parametrize(
+    "family, names",
+    {
+        "llama": ("input_ids", "attention_mask"),
+        "bert": ("input_ids", "attention_mask"),
+        "vit": ("pixel_values",),
+        "t5": ("input_ids", "decoder_input_ids"),
+        "whisper": ("input_features", "decoder_input_ids"),
+    }.items(),
+)
+def test_a_pruned_model_on_the_inputs_of_optimum(family, names):
+    """They are made by other code than the inputs of the check, so they would show what these leave out."""
+    model = tiny_model(family)
+    stack = find_stacks(model)[0]
+    small = prune_layers(model, remove=[1])
+    normalised = NormalizedConfigManager.get_normalized_config_class(model.config.model_type)(model.config)
+    sizes = dict(batch_size=2, sequence_length=9, nb_max_frames=48, feature_size=16)
+    inputs = {name: GENERATORS[name]("feature-extraction", normalised, **sizes).generate(name) for name in names}
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+        with bypassed(stack, [1]):
+            expected = model(**inputs)[0]
+        torch.testing.assert_close(small(**inputs)[0], expected, rtol=0, atol=1e-5)
+    assert (plain - expected).abs().max() > 1e-3  # the removed layer did something on them

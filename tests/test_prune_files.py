@@ -12,7 +12,7 @@ import transformers as tf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_cli import run
-from test_hub import hub, store  # noqa: F401
+from test_hub import TOKEN, hub, store  # noqa: F401
 from tiny import tiny_folder, tiny_model
 
 from hf_layerprobe import LayerProbeError, PruningError, PruningPlan, plan_pruning, prune_checkpoint, prune_layers
@@ -101,15 +101,19 @@ def test_whatever_lies_beside_the_weights(tmp_path):
 
 def test_from_the_hub(hub, tmp_path):  # noqa: F811
     base = tiny_folder(tmp_path / "base")
-    store(hub, "ada/base", base)
-    prune_checkpoint("ada/base", plan_pruning(tiny_model("llama"), remove=[2]), output_dir=tmp_path / "out")
+    store(hub, "ada/base", base, private=True)
+    plan = plan_pruning(tiny_model("llama"), remove=[2])
+    prune_checkpoint("ada/base", plan, output_dir=tmp_path / "out", token=TOKEN)
     assert_same_model(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), prune_layers(base, remove=[2]))
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     hub.requests.clear()
     repo = hub.repos["ada/base"]
     repo.commit("main", dict(repo.commits[repo.branches["main"]]), "the same, so that the cache does not have it")
     with pytest.raises(PruningError, match="layers 0 to 3"):
-        prune_checkpoint("ada/base", remove=[9], output_dir=tmp_path / "other")
+        prune_checkpoint("ada/base", remove=[9], output_dir=tmp_path / "other", token=TOKEN)
+    for name in ("ada/private", tmp_path / "nowhere"):
+        with pytest.raises((LayerProbeError, OSError), match="not a valid model identifier|There is no folder"):
+            prune_checkpoint(name, remove=[1], output_dir=tmp_path / "other")
     assert not any(path.startswith("/storage/") for _, path, _ in hub.requests)  # before any download of weights
 
 

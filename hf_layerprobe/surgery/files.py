@@ -106,7 +106,7 @@ def prune_checkpoint(
             f"Without those layers {', '.join(sorted(moved)[:3])} has to be computed or to come from another layer, which is not "
             "done on files; load the model: `prune_layers(load it, ...)`, or `prune` without `--without-loading`."
         )
-    shards = Shards(name)
+    shards = Shards(name, token=token)
     names = {path: _place(model, path, shards.keys) for path in edit.kept}
     renaming = _Renaming({names[path]: keep for path, keep in edit.kept.items()})
     _check_complete(model, edit, shards, renaming)

@@ -7,7 +7,6 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
 from ..errors import LayerProbeError
@@ -38,14 +37,7 @@ def open_checkpoint(
     name = str(name_or_path)
     is_folder = Path(name).is_dir()
     try:
-        if not is_folder:
-            validate_repo_id(name)
         config, model_class = load_class(name)
-    except HFValidationError as error:
-        raise LayerProbeError(
-            f"There is no folder {name!r}, and it is no Hub id. Name a folder that `save_pretrained` wrote, or an id such "
-            "as 'organisation/model'."
-        ) from error
     except LayerProbeError:
         raise
     except (OSError, ValueError) as error:

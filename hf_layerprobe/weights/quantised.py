@@ -33,8 +33,8 @@ def find_quantisation(config: PreTrainedConfig) -> dict:
     if found and (method not in FLOAT8_METHODS or form not in FLOAT8_FORMATS):
         raise LayerProbeError(
             f"The checkpoint is quantised with {method!r}{f' ({form})' if form else ''}, which is not read from its files; "
-            f"8-bit floats with scales are ({', '.join(FLOAT8_METHODS)}). Load the model dequantised and pass the model, "
-            "or use the original checkpoint."
+            f"8-bit floats with scales are ({', '.join(FLOAT8_METHODS)}). Load the model and pass the model, or use the "
+            "original checkpoint."
         )
     return found
 

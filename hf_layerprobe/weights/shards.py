@@ -24,13 +24,15 @@ class Shards:
 
     Args:
         name: A local folder, or a Hub id.
+        token: The token for the Hub.
 
     Raises:
         LayerProbeError: No safetensors checkpoint there, or an index that cannot be read.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, token: str | bool | None = None) -> None:
         self.name = name
+        self._token = token
         self._commit: str | None = None
         self._paths: dict[str, str] = {}
         self._shard_of = self._list_tensors()
@@ -122,7 +124,7 @@ class Shards:
         return self._paths[shard]
 
     def _fetch(self, file: str) -> str:
-        path = cached_file(self.name, file, revision=self._commit)
+        path = cached_file(self.name, file, revision=self._commit, token=self._token)
         # The other files are taken from the commit of the first: a push in between must not mix two models.
         self._commit = extract_commit_hash(path, self._commit)
         return path
