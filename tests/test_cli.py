@@ -194,7 +194,7 @@ def test_eval_alone_and_beside_its_baseline(model, text, tmp_path):
         (["plan", "MODEL", "--remove", "1,x"], "separated by commas"),
         (["plan", "MODEL", "--remove", "9"], "layers 0 to 3"),
         (["plan", "MODEL", "--ratio", "0.5", "--text", "missing.txt"], "missing.txt"),
-        (["docs", "./missing-folder"], "Cannot load the model"),
+        (["docs", "./missing-folder"], "There is no folder"),
         (["docs", "MODEL", "--kinds", "w"], "Unknown matrix kinds"),
         (["docs", "MODEL", "--stack", "decoder"], "no stack 'decoder'"),
         (["docs", "MODEL", "--axis", "up"], "axis"),
