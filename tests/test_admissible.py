@@ -66,7 +66,7 @@ def removed(model, keep, part=0):
 @pytest.mark.parametrize(
     "make, layers, reason, nearest",
     [
-        (jamba, [1], "repeats every 8 layers", [[15], [13, 14]]),
+        (jamba, [1], "repeats every 2 layers", [[15], [1, 2]]),
         (switch, [1], "repeats every 2 layers", [[5], [1, 2]]),
         (modernbert, [0, 3], "only layer 0 is of its kind", [[3, 4], [3], [2, 3, 4]]),
         pytest.param(
@@ -487,7 +487,7 @@ def test_the_name_of_a_cache_slot_is_no_difference():
 def test_taps_may_repeat_a_state_and_stay_behind_the_last_layer():
     config = MllamaVisionConfig(num_hidden_layers=6, intermediate_layers_indices=[0, 2, 3, 5, 9])
     binding = ConfigBinding((), "num_hidden_layers")
-    check_taps(config, binding, 6, [0, 2, 4, 5])
+    check_taps(None, config, binding, 6, [0, 2, 4, 5])
     assert tap_edits(config, binding, 6, [0, 2, 4, 5]) == {(): {"intermediate_layers_indices": [0, 1, 1, 3, 4]}}
     with pytest.raises(PruningError, match="none is left before one of them"):
-        check_taps(config, binding, 6, [1, 2])
+        check_taps(None, config, binding, 6, [1, 2])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import PruningError
 from .edit import StackEdit, edit_stacks
 from .refusal import Refusal
-from .rules import check_lengths
+from .rules import check_lengths, check_towers
 
 if TYPE_CHECKING:
     from .find import LayerStack
@@ -29,6 +29,7 @@ def expressible(stacks: Mapping[LayerStack, Sequence[int]]) -> StackEdit:
     Raises:
         PruningError: The architecture cannot express it; with the reason and the nearest sets of that stack that work.
     """
+    check_towers({stack.path: keep for stack, keep in stacks.items()}, next(iter(stacks)).model)
     try:
         edit = edit_stacks(stacks)
     except Refusal as refusal:
@@ -134,7 +135,8 @@ def _choose(stack: LayerStack, worth: Sequence[float], number: int) -> list[int]
     """The layers to remove whose worth is smallest, among the sets that can be expressed; None where none was found.
 
     Each refusal of the best set left says which layers must stay, or what has to stand at a position; the next best set
-    respects that, until one passes.
+    respects that, until one passes. Where the config could hold another rule of positions (`periods`), the search goes by
+    the present one.
     """
     needs: list[frozenset[int]] = []
     rules: list[tuple[Sequence[Hashable], Sequence[Hashable]]] = []

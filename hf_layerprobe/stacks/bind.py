@@ -89,7 +89,7 @@ def _probe(model: PreTrainedModel, path: str, num_layers: int) -> ConfigBinding:
     tried, shared, unknown = [], [], None
     # Dropping the second layer leaves the first and the last alone, which are the ones that configs treat specially.
     keep = [i for i in range(num_layers) if i != min(1, num_layers - 1)]
-    lengths = _list_lengths(model)
+    lengths = _list_lengths(model, path)
     for binding in _candidates(model.config, path, num_layers):
         try:
             probe = build_on_meta(model, edited_config(model.config, binding, num_layers, keep))
@@ -99,7 +99,7 @@ def _probe(model: PreTrainedModel, path: str, num_layers: int) -> ConfigBinding:
         except Exception as error:  # whatever a config validator or a constructor raises only rules this field out
             tried.append(f"{binding.path} ({type(error).__name__}: {error})")
             continue
-        found = _list_lengths(probe)
+        found = _list_lengths(probe, path)
         changed = [name for name, length in found.items() if lengths.get(name) != length]
         # Lists inside a layer move with it: with layer 1 gone, layer 1's experts are those of the old layer 2.
         outer = [name for name in changed if not any(name.startswith(f"{other}.") for other in changed)]
@@ -143,5 +143,10 @@ def _candidates(config: PreTrainedConfig, path: str, num_layers: int) -> list[Co
     return numbers + lists + more
 
 
-def _list_lengths(model: nn.Module) -> dict[str, int]:
-    return {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+def _list_lengths(model: nn.Module, path: str) -> dict[str, int]:
+    """Lengths of all lists of modules, and of the stack, which may be a `Sequential`."""
+    return {
+        name: len(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) or (name == path and isinstance(module, nn.Sequential))
+    }

@@ -14,6 +14,8 @@ from .find import LayerStack, find_stacks
 # Layers that return what is to be added to the stream, for the code around them to add.
 UPDATES = frozenset(["SuperGlueAttentionalPropagation"])
 NORMS = (nn.LayerNorm, nn.GroupNorm)
+# Layers that return, besides the stream, what is to be added to another one outside: its place in the output.
+ADDED_OUTSIDE = {"AutoformerDecoderLayer": 1}
 STREAM_NAMES = ("hidden_states", "hidden_state", "prev_attn_output")
 
 
@@ -51,7 +53,10 @@ def bypassed(stack: LayerStack, layers: Iterable[int]) -> Iterator[set[int]]:
     def hand_on(index, module, output, args, kwargs):
         if module is stack.layers[index]:
             ran.add(index)
-        return _continued(output, [hidden_input(args, kwargs), *args, *kwargs.values()])
+        output = _continued(output, [hidden_input(args, kwargs), *args, *kwargs.values()])
+        if (place := ADDED_OUTSIDE.get(type(module).__name__)) is not None:
+            output = (*output[:place], torch.zeros_like(output[place]), *output[place + 1 :])
+        return output
 
     def add_nothing(index, module, output, _args, _kwargs):
         if module is stack.layers[index]:

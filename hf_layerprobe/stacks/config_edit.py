@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig
 
 from ..errors import PruningError
+from .periods import period_edits
 from .refusal import Refusal
 from .taps import TAPS, nodes, tap_edits
 
@@ -181,7 +182,7 @@ def _check_lists(edited: PreTrainedConfig, node: PreTrainedConfig, written: dict
 
 def _per_layer_edits(node: PreTrainedConfig, field: str, num_layers: int, keep: Sequence[int]) -> dict[str, Any]:
     new_index = {old: new for new, old in enumerate(keep)}
-    edits: dict[str, Any] = {}
+    edits = period_edits(node, field, num_layers, keep)
     for name, value in vars(node).items():
         if name.startswith("_") or (name in ENCODER_LISTS and "decoder" in field):
             continue

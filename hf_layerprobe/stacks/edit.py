@@ -74,8 +74,9 @@ def edit_stacks(stacks: Mapping[LayerStack, Sequence[int]]) -> StackEdit:
         PruningError: The config has something whose meaning is not known, or a stack has no config field.
     """
     original = next(iter(stacks)).model
-    config, kept = original.config, {}
+    config, kept, reference = original.config, {}, _reference(original)
     for stack, keep in stacks.items():
+        check_rules(reference, stack.path, keep)
         binding = stack.binding
         if (given := kept.get(stack.path)) is not None:  # driven by the field of one before
             if given != tuple(keep):
@@ -84,7 +85,7 @@ def edit_stacks(stacks: Mapping[LayerStack, Sequence[int]]) -> StackEdit:
                     f"lose the same layers; got {list(given)} and {list(keep)} to keep."
                 )
             continue
-        check_taps(config, binding, stack.num_layers, keep)
+        check_taps(original, config, binding, stack.num_layers, keep)
         try:
             config = edited_config(config, binding, stack.num_layers, keep)
         except PruningError:
@@ -92,19 +93,18 @@ def edit_stacks(stacks: Mapping[LayerStack, Sequence[int]]) -> StackEdit:
         except Exception as error:  # config validators raise what they like
             raise Refusal(_one_line(error)) from error
         kept |= {path: tuple(keep) for path in (stack.path, *binding.siblings)}
+        for path in binding.siblings:
+            check_rules(reference, path, keep)
     if getattr(config, "quantization_config", None) is not None:
         # Only dense weights are pruned: the entry says how the file they came from was stored.
         del config.quantization_config
-    reference = _reference(original)
-    check_cache(original.config, config)
-    for path, keep in kept.items():
-        check_rules(reference, path, keep)
     try:
         model = build_on_meta(original, config)
     except Exception as error:  # and so do constructors
         raise Refusal(_one_line(error)) from error
     edit = StackEdit(model, kept, {path: len(original.get_submodule(path)) for path in kept})
     _check_kinds(reference, edit)
+    check_cache(original.config, config)
     check_tensors(reference, edit)
     return edit
 
@@ -142,7 +142,7 @@ def _check_kinds(reference: PreTrainedModel, edit: StackEdit) -> None:
             ]
             more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
             raise Refusal(
-                f"what a layer of {path!r} is depends on its position by a rule that no config field can change "
+                f"what a layer of {path!r} is depends on its position by a rule that no config makes fit "
                 f"({describe_rule(kinds)}): layer {keep[at]}, standing at position {at}, would be another "
                 f"({'; '.join(pairs[:3])}{more})",
                 kinds=kinds,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -92,9 +94,9 @@ class LayerStack:
 def find_stacks(model: nn.Module) -> list[LayerStack]:
     """Finds every list of repeated layers, the main one first.
 
-    A stack is an `nn.ModuleList` of at least two layers of one family that hold matrices of their own. Lists inside a
-    layer (experts, the sublayers of a T5 block), convolutional feature extractors and lists of plain `torch.nn` modules
-    are not stacks. Stacks that belong to the text model come first, then the model's own order: the encoder of a
+    A stack is an `nn.ModuleList` of at least two layers of one family that hold matrices of their own, or an
+    `nn.Sequential` of what Transformers marks as layers (CvT). Lists inside a layer (experts, the sublayers of a T5 block),
+    convolutional feature extractors, stages of different widths and lists of plain `torch.nn` modules are not stacks. Stacks that belong to the text model come first, then the model's own order: the encoder of a
     sequence-to-sequence model before its decoder, the language model of a vision-language model before its towers.
 
     Args:
@@ -106,16 +108,18 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"find_stacks expects a model (torch.nn.Module), got {type(model).__name__}.")
     model = base_of(model)
-    found = [path for path, module in _outermost_lists(model, _stage_sizes(model)) if _is_stack(module)]
     named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    hinted = [
-        path
-        for path in found
-        if all(
-            isinstance(layer, GradientCheckpointingLayer) or type(layer).__name__ in named
-            for layer in model.get_submodule(path)
-        )
+
+    def is_marked(layers: nn.Module) -> bool:
+        return all(isinstance(layer, GradientCheckpointingLayer) or type(layer).__name__ in named for layer in layers)
+
+    lists = [
+        (path, module)
+        for path, module in _outermost_lists(model, _stage_sizes(model))
+        if isinstance(module, nn.ModuleList) or is_marked(module)
     ]
+    found = [path for path, module in lists if _is_stack(module)]
+    hinted = [path for path in found if is_marked(model.get_submodule(path))]
     # Prediction heads and projections are repeated lists too; where Transformers marks the real layers, trust the mark.
     paths = hinted or found
     return [LayerStack(model, path) for path in sorted(paths, key=lambda path: not _in_text_model(model, path))]
@@ -143,12 +147,12 @@ def resolve_stack(model: nn.Module, stack: str | LayerStack | None = None) -> La
 
 
 def _outermost_lists(module: nn.Module, stage_sizes: set[tuple[int, ...]], prefix: str = ""):
-    """Every `ModuleList` path that is not inside a stack already found; the stages of a pyramid are no stack."""
+    """Every list of modules that is not inside a stack already found; the stages of a pyramid are no stack."""
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
-        if isinstance(child, nn.ModuleList) and not _are_stages(child, stage_sizes):
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and not _are_stages(child, stage_sizes):
             yield path, child
-            if _is_stack(child):
+            if isinstance(child, nn.ModuleList) and _is_stack(child):
                 continue
         yield from _outermost_lists(child, stage_sizes, path)
 
@@ -184,20 +188,32 @@ def _is_stack(layers: nn.Module) -> bool:
         isinstance(layer, GradientCheckpointingLayer) for layer in layers
     )
     distinct = len({id(layer) for layer in layers}) == len(layers)
-    return one_family and distinct and all(_holds_matrices(layer) for layer in layers)
+    return one_family and distinct and all(_holds_matrices(layer) for layer in layers) and _are_alike(layers)
+
+
+def _are_alike(layers: nn.Module) -> bool:
+    """Whether layers of one class have any tensor in common, by its name and shape.
+
+    Stages of different widths have none (the encoder of DAC), nor have wrappers around attentions and MLPs in turn (LeViT).
+    """
+    shapes = [{(name, _shape(tensor)) for name, tensor in layer.named_parameters()} for layer in layers]
+    return len({type(layer) for layer in layers}) > 1 or bool(set.intersection(*shapes))
 
 
 def _holds_matrices(layer: nn.Module) -> bool:
-    """Whether the layer mixes features by matrices rather than by convolutions alone."""
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    """Whether the layer mixes features by matrices rather than by convolutions and tables alone."""
     if any(hasattr(module, "qweight") for module in layer.modules()):  # GPTQ and AWQ have buffers in their place
         return True
     return any(
-        len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # under ZeRO-3 the parameter itself is empty
+        len(_shape(parameter)) >= 2
         for module in layer.modules()
-        if not isinstance(module, convolutions)
+        if not isinstance(module, (_ConvNd, nn.Embedding, ParametrizationList))
         for parameter in module.parameters(recurse=False)
     )
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 the parameter itself is empty
 
 
 def _in_text_model(model: nn.Module, path: str) -> bool:

@@ -5,8 +5,9 @@ Each was found by a pruned model that computed something else than the original 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
@@ -64,6 +65,29 @@ def check_lengths(old: PreTrainedConfig, new: PreTrainedConfig) -> None:
             )
 
 
+def check_towers(kept: Mapping[str, Sequence[int]], model: PreTrainedModel) -> None:
+    """BridgeTower's code counts the layers of both towers by those of one: they need equally many.
+
+    Args:
+        kept: The layers that stay, by path of the stack.
+        model: The model.
+
+    Raises:
+        PruningError: They would not have.
+    """
+    towers = {
+        path: len(kept.get(path, layers))
+        for path, layers in model.named_modules()
+        if isinstance(layers, nn.ModuleList) and len(layers) and type(layers[0]).__name__ in TOWERS
+    }
+    if len(set(towers.values())) > 1:
+        left = " and ".join(f"{path!r} with {count} layers" for path, count in towers.items())
+        raise PruningError(
+            f"{type(model).__name__} would be left with {left}, and its code runs the layers of both towers by one count. Remove as "
+            "many of both in the same call, by a dict: remove={path of one: [...], path of the other: [...]}."
+        )
+
+
 def _attention_layers(config: PreTrainedConfig) -> list[int] | None:
     """Layers of the decoder whose cache holds keys and values; None where no cache can be made from the config."""
     try:
@@ -88,8 +112,10 @@ def _cycles(period: int, what: str) -> Callable:
     return rule
 
 
-def _only_the_last(_model, path: str, num_layers: int, keep: Sequence[int]) -> None:
-    if list(keep) != list(range(len(keep))):
+def _only_the_last(model: PreTrainedModel, path: str, num_layers: int, keep: Sequence[int]) -> None:
+    # A bare model has no such head.
+    refines = getattr(model.get_submodule(path.rpartition(".")[0]), "bbox_embed", None) is not None
+    if refines and list(keep) != list(range(len(keep))):
         raise Refusal(
             f"the code around {path!r} refines its predictions after every layer by a head that all share, so only the last "
             "layers can go",
@@ -114,29 +140,52 @@ def _first_pools(_model, path: str, _num_layers: int, keep: Sequence[int]) -> No
 
 
 def _paired_with_fusion(model: PreTrainedModel, path: str, num_layers: int, keep: Sequence[int]) -> None:
-    """BridgeTower: each of the last layers of both towers feeds one layer that fuses them."""
-    first = num_layers - model.config.num_hidden_layers
-    if path.startswith("bridgetower.") or "text_model" in path or "vision_model" in path:
-        pinned = [i for i in range(num_layers) if i >= first]
-        if any(i not in keep for i in pinned):
-            raise Refusal(
-                f"layers {pinned} of {path!r} each feed a layer that fuses text and image, so they must stay",
-                needs=[{i} for i in pinned],
-            )
+    """BridgeTower: the outputs of the last layers of both towers feed one layer each that fuses them.
 
-
-def _global_layers_are_read(model: PreTrainedModel, path: str, _num_layers: int, keep: Sequence[int]) -> None:
-    """SAM-HQ's mask decoder reads the output of every layer with global attention."""
-    config = getattr(model.config, "vision_config", model.config)
-    lost = [i for i in config.global_attn_indexes if i not in keep]
-    if lost:
+    The first of these outputs is that of all layers before, of which any can go.
+    """
+    pinned = range(num_layers - model.config.num_hidden_layers + 1, num_layers)
+    if any(i not in keep for i in pinned):
         raise Refusal(
-            f"other parts read the output of every layer of {path!r} with global attention "
-            f"(global_attn_indexes={list(config.global_attn_indexes)}), so layers {lost} must stay",
-            needs=[{i} for i in lost],
+            f"layers {list(pinned)} of {path!r} each feed a layer that fuses text and image, so they must stay",
+            needs=[{i} for i in pinned],
         )
 
 
+def _first_global_layer_is_read(model: PreTrainedModel, path: str, _num_layers: int, keep: Sequence[int]) -> None:
+    """SAM-HQ's mask decoder reads the output of the first layer with global attention."""
+    first = min(getattr(model.config, "vision_config", model.config).global_attn_indexes, default=None)
+    if first is not None and first not in keep:
+        raise Refusal(
+            f"the mask decoder reads the output of the first layer of {path!r} with global attention, so layer {first} must "
+            "stay",
+            needs=[{first}],
+        )
+
+
+def _confidence_by_depth(_model, path: str, num_layers: int, _keep: Sequence[int]) -> None:
+    """LightGlue: a layer's threshold is 0.8 + 0.1 exp(-4 i / L), in the code."""
+    raise Refusal(
+        f"the code around {path!r} stops early and drops keypoints by a confidence threshold that it computes from a layer's "
+        "index and the number of layers, and returns how many a keypoint went through, so no layer can go without another "
+        "result of those that stay",
+        needs=[{i} for i in range(num_layers)],
+    )
+
+
+def _one_shared_block(model: PreTrainedModel, path: str, _num_layers: int, keep: Sequence[int]) -> None:
+    """Zamba: Transformers looks for the copies of the shared block, and fails where there is none."""
+    shared = [i for i, kind in enumerate(model.config.layers_block_type) if kind == "hybrid"]
+    kept = [i for i in shared if i in keep]
+    if len(kept) == 1 < len(shared):
+        raise Refusal(
+            f"layers {shared} of {path!r} share one attention block, and Transformers cannot build a model with a single one "
+            "of them, so at least two must stay",
+            needs=[set(kept), set(shared) - set(kept)],
+        )
+
+
+TOWERS = ("BridgeTowerTextLayer", "BridgeTowerResidualAttention")
 RULES: dict[str, Callable[[PreTrainedModel, str, int, Sequence[int]], None]] = {
     "Mask2FormerMaskedAttentionDecoderLayer": _cycles(
         3, "a layer of the mask decoder reads a level of the image features"
@@ -146,7 +195,9 @@ RULES: dict[str, Callable[[PreTrainedModel, str, int, Sequence[int]], None]] = {
     "DabDetrDecoderLayer": _only_the_last,
     "FunnelLayer": _first_pools,
     "InformerEncoderLayer": _halved_between,
-    "BridgeTowerTextLayer": _paired_with_fusion,
-    "BridgeTowerResidualAttention": _paired_with_fusion,
-    "SamHQVisionLayer": _global_layers_are_read,
+    **dict.fromkeys(TOWERS, _paired_with_fusion),
+    "SamHQVisionLayer": _first_global_layer_is_read,
+    "LightGlueTransformerLayer": _confidence_by_depth,
+    "ZambaMambaDecoderLayer": _one_shared_block,
+    "ZambaHybridLayer": _one_shared_block,
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PruningError
 from .refusal import Refusal
@@ -32,6 +32,10 @@ TAPS = {
 }
 # Where a state may be read twice: others have a part of their own for each index (a merger, a stage), found by the index.
 REPEATABLE = ("vision_feature_layer", "spatial_vision_layer", "intermediate_layers_indices")
+# What only the heads of a model read, not the bare model (DPT).
+READ_BY_NECK = ("backbone_out_indices",)
+# Numbers of layers of a stack that stands beside the one that is read.
+NOT_READ = frozenset(["num_global_layers"])
 # Fields that pair layers of a vision tower with layers of the text model.
 PAIRINGS = ("deepstack_layer_map", "spatial_target_layers")
 
@@ -54,7 +58,9 @@ def tap_edits(config: PreTrainedConfig, binding: ConfigBinding, num_layers: int,
     return edits
 
 
-def check_taps(config: PreTrainedConfig, binding: ConfigBinding, num_layers: int, keep: Sequence[int]) -> None:
+def check_taps(
+    model: PreTrainedModel, config: PreTrainedConfig, binding: ConfigBinding, num_layers: int, keep: Sequence[int]
+) -> None:
     """Refuses kept sets with which a tap could not read what it reads in the original with the others bypassed.
 
     Raises:
@@ -63,6 +69,8 @@ def check_taps(config: PreTrainedConfig, binding: ConfigBinding, num_layers: int
     """
     removed = [i for i in range(num_layers) if i not in keep]
     for _, node, name in _taps(config, binding, num_layers):
+        if name in READ_BY_NECK and not hasattr(model, "neck"):
+            continue
         value, first = getattr(node, name), TAPS[name]
         moved = _moved(value, first, num_layers, keep)
         before, after = ([each] if isinstance(each, int) else list(each) for each in (value, moved))
@@ -104,6 +112,8 @@ def _taps(
 
     A tap stands beside the number of layers, or further out; there it is one into the vision tower.
     """
+    if binding.field in NOT_READ:
+        return
     in_vision = any("vision" in name for name in binding.node)
     for path, node in nodes(config):
         if path == binding.node:

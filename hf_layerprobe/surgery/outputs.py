@@ -77,5 +77,6 @@ def _selected(expected: torch.Tensor, found: torch.Tensor, kept: Kept) -> torch.
 
 def _is_per_layer(key: str, value) -> bool:
     return key in CACHES or (
-        isinstance(value, (list, tuple)) and key.endswith(("hidden_states", "attentions", "router_logits"))
+        isinstance(value, (list, tuple))
+        and key.endswith(("hidden_states", "attentions", "router_logits", "intermediate_embeddings"))
     )

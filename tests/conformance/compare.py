@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4
 NORMS = (nn.LayerNorm, nn.GroupNorm)
+ADDED_OUTSIDE = {"AutoformerDecoderLayer": 1}  # the second output is added to a stream outside of the layer
 STATE = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states", "shared_kv_states")
 
 
@@ -58,7 +59,9 @@ def _unchanged(module: nn.Module, args: tuple, kwargs: dict, output):
     flat, build = tree_flatten(output)
     for k, part in enumerate(flat):
         # The first stream, and others beside it (the layout in LiLT, the image in LXMERT): never attention maps.
-        if isinstance(part, torch.Tensor) and (k == 0 or part.dim() == 3):
+        if k == ADDED_OUTSIDE.get(type(module).__name__):
+            flat[k] = torch.zeros_like(part)
+        elif isinstance(part, torch.Tensor) and (k == 0 or part.dim() == 3):
             like = next((n for n, each in enumerate(given) if each.shape == part.shape and (k or n == 0)), None)
             assert k or like == 0, "not a layer that adds to a stream"
             if like is not None:

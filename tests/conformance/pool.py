@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,28 @@ from tqdm import tqdm
 TYPES_AT_A_TIME = 220  # then new processes: compiled code and caches of hundreds of models add up
 
 
-def run(types: list[str], processes: int, journal: Path | None = None) -> dict[str, dict[str, Any]]:
+def run(types: list[str], processes: int, trial: Callable[[str], Any], journal: Path | None = None) -> dict[str, Any]:
     """Type → what became of it.
 
     Args:
         types: Model types.
         processes: How many at once.
+        trial: What is done with each type; a function of a module.
         journal: A file that each result is added to at once; those that are in it already are not tried again.
     """
     context = multiprocessing.get_context("spawn")
     start = time.monotonic()
     lines = journal.read_text(encoding="utf-8").splitlines() if journal and journal.exists() else []
-    found: dict[str, dict[str, Any]] = dict(map(json.loads, lines))
+    found: dict[str, Any] = dict(map(json.loads, lines))
     left = [name for name in types if name not in found]
     # Not by `max_tasks_per_child`: an executor may wait forever for a process that it did not replace (CPython 3.11).
     with tqdm(total=len(left), mininterval=10, disable=len(left) < 20) as progress:
         for first in range(0, len(left), TYPES_AT_A_TIME):
             with ProcessPoolExecutor(processes, context, _start) as pool:
-                for trial in as_completed([pool.submit(_try, name) for name in left[first : first + TYPES_AT_A_TIME]]):
-                    name, found[name] = trial.result()
+                jobs = {pool.submit(trial, name): name for name in left[first : first + TYPES_AT_A_TIME]}
+                for job in as_completed(jobs):
+                    name = jobs[job]
+                    found[name] = job.result()
                     progress.update()
                     if journal:
                         with journal.open("a", encoding="utf-8") as file:
@@ -49,9 +53,3 @@ def _start() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _try(model_type: str) -> tuple[str, dict[str, Any]]:
-    from .trial import try_type
-
-    return model_type, try_type(model_type)

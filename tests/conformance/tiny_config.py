@@ -190,6 +190,8 @@ FILLINGS = dict(
 RESNET = dict(
     model_type="resnet", embedding_size=16, hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 1, 1], layer_type="basic"
 )
+# Fields that are in no config by default, but in the code, with values for the vocabulary of real models.
+READ_BY_CODE = {"shieldgemma2": {"yes_token_index": 8, "no_token_index": 9}}
 DERIVED = ("transformers_version", "_name_or_path", "id2label", "label2id", "per_layer_config", "stage_names")
 
 
@@ -203,7 +205,8 @@ def tiny_configs(config_class: type[PreTrainedConfig]) -> Iterator[PreTrainedCon
     for size in SIZES:
         try:
             fields = _tiny(defaults, size, {})
-            fields.pop("model_type", None)  # those of nodes inside say which class they are
+            # Those of nodes inside say which class they are.
+            fields |= READ_BY_CODE.get(fields.pop("model_type", None), {})
             config = config_class(**fields)
             content = config.to_json_string(use_diff=False)
         except Exception:  # whatever its validation raises
@@ -241,6 +244,8 @@ def _is_count(name: str, value: Any) -> bool:
 
 
 def _tiny_int(name: str, value: int, size: Size, node: dict[str, Any], tokens: dict[str, int]) -> int:
+    if name == "num_hidden_layers" and "link_tower_type" in node:
+        return LAYERS // 2  # layers that fuse text and image: half as many as either tower has
     if TOKEN.search(name):
         # One id for `image_token_id` and `image_token_index`; none twice.
         key = TOKEN.sub("token_id", name)

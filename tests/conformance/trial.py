@@ -33,14 +33,14 @@ def try_type(model_type: str) -> dict[str, Any]:
 
     Returns:
         `class`, `outcome` and `stacks`; `why` where the outcome is not about pruning. The outcome is one of `"pruned"`
-        (the main stack has kept sets that came out equal), `"refused"`, `"no stack"`, `"not run"`, `"not built"`, and what
+        (some stack has kept sets that came out equal), `"refused"`, `"no stack"`, `"not run"`, `"not built"`, and what
         must not be: `"wrong"`, `"crashed"`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = _Runnable()
+        found = Runnable()
         try:
-            with _at_most(LONGEST):
+            with at_most(LONGEST):
                 found.search(model_type)
         except TooLong:
             found.why = found.why or f"no inputs were found in {LONGEST} s of computing"
@@ -50,7 +50,7 @@ def try_type(model_type: str) -> dict[str, Any]:
             outcome = "not built" if found.model is None else "not run"
             return {"class": found.name, "outcome": outcome, "why": _short(found.why), "stacks": []}
         try:
-            with _at_most(4 * LONGEST):
+            with at_most(4 * LONGEST):
                 return _try_stacks(found.model)
         except TooLong:  # says nothing about the library
             why = f"not done in {4 * LONGEST} s of computing"
@@ -61,19 +61,28 @@ def try_type(model_type: str) -> dict[str, Any]:
 
 def _try_stacks(model: PreTrainedModel) -> dict[str, Any]:
     record: dict[str, Any] = {"class": type(model).__name__, "outcome": "no stack", "stacks": []}
-    for stack in find_stacks(model):
+    stacks = find_stacks(model)
+    for stack in stacks:
         record["stacks"].append(_try_stack(model, stack))
+    if len({stack.num_layers for stack in stacks}) == 1 < len(stacks) and not _any_equal(record):
+        # Where no stack can lose layers alone, all may together (the towers of BridgeTower).
+        paths, number = " and ".join(stack.path for stack in stacks), stacks[0].num_layers
+        outcome, _ = _try_set(model, stacks, (0,))
+        record["stacks"].append({"path": paths, "layers": number, "sets": {_key((0,)): outcome}})
     found = [outcome for stack in record["stacks"] for outcome in stack["sets"].values()]
     if record["stacks"]:
-        main = record["stacks"][0]["sets"].values()
-        record["outcome"] = "pruned" if any(outcome.startswith("equal") for outcome in main) else "refused"
+        record["outcome"] = "pruned" if _any_equal(record) else "refused"
     for bad in ("wrong", "crashed"):
         if any(outcome.startswith(bad) for outcome in found):
             record["outcome"] = bad
     return record
 
 
-class _Runnable:
+def _any_equal(record: dict[str, Any]) -> bool:
+    return any(outcome.startswith("equal") for stack in record["stacks"] for outcome in stack["sets"].values())
+
+
+class Runnable:
     """The first tiny model of a type that runs; else one that does not, and why."""
 
     def __init__(self):
@@ -140,7 +149,7 @@ def _try_stack(model: PreTrainedModel, stack: LayerStack) -> dict[str, Any]:
     record: dict[str, Any] = {"path": stack.path, "layers": number, "sets": {}}
     suggested = None
     for removed in dict.fromkeys((*together, *apart)):
-        outcome, error = _try_set(model, stack, removed)
+        outcome, error = _try_set(model, [stack], removed)
         record["sets"][_key(removed)] = outcome
         if error is not None and error.nearest and suggested is None:
             suggested = tuple(i for i in range(number) if i not in error.nearest[0])
@@ -148,7 +157,7 @@ def _try_stack(model: PreTrainedModel, stack: LayerStack) -> dict[str, Any]:
             break
     if suggested and _key(suggested) not in record["sets"]:
         # What a refusal recommends has to work.
-        outcome, _ = _try_set(model, stack, suggested)
+        outcome, _ = _try_set(model, [stack], suggested)
         record["sets"][_key(suggested)] = outcome
     return record
 
@@ -163,11 +172,13 @@ def _key(removed: tuple[int, ...]) -> str:
     return ", ".join(map(str, removed))
 
 
-def _try_set(model: PreTrainedModel, stack: LayerStack, removed: tuple[int, ...]) -> tuple[str, PruningError | None]:
+def _try_set(
+    model: PreTrainedModel, stacks: list[LayerStack], removed: tuple[int, ...]
+) -> tuple[str, PruningError | None]:
     """`"equal"`, or the reason after `"refused: "`, `"wrong: "` or `"crashed: "`."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            prune_layers(model, remove=removed, stack=stack.path, output_dir=Path(folder, "pruned"))
+            prune_layers(model, remove={stack.path: removed for stack in stacks}, output_dir=Path(folder, "pruned"))
             reloaded = type(model).from_pretrained(Path(folder, "pruned")).eval()
     except PruningError as error:
         return _short(f"refused: {error}"), error
@@ -175,21 +186,22 @@ def _try_set(model: PreTrainedModel, stack: LayerStack, removed: tuple[int, ...]
         return _short(f"refused: {error}"), None
     except Exception as error:
         return _short(f"crashed: {type(error).__name__}: {error}"), None
-    inputs = example_inputs(model, [stack.layers[i] for i in removed])
+    inputs = example_inputs(model, [stack.layers[i] for stack in stacks for i in removed])
+    lists = [each.layers for stack in stacks for each in (stack, *stack.siblings)]
     try:
-        with without([stack.layers, *(each.layers for each in stack.siblings)], removed):
+        with without(lists, removed):
             expected = outputs(model, inputs)
         found = outputs(reloaded, inputs)
     except AssertionError as error:
         return f"equal to the library's own check alone: {error}", None
     except Exception as error:
         return f"wrong: {type(error).__name__}: {error}", None
-    largest = difference(entries_of_kept(expected, found, stack.num_layers, removed), found)
+    largest = difference(entries_of_kept(expected, found, stacks[0].num_layers, removed), found)
     return ("equal" if largest <= TOLERANCE else f"wrong: differs by {largest:.1e}"), None
 
 
 @contextmanager
-def _at_most(seconds: int) -> Iterator[None]:
+def at_most(seconds: int) -> Iterator[None]:
     """Seconds of computing, so that a busy machine does not change what is found."""
 
     def stop(*_):

@@ -38,4 +38,13 @@ def model_types() -> dict[str, list[str]]:
 def classes_of(model_type: str) -> tuple[type, list[type]] | None:
     """The config class of a type and its model classes; None where Transformers names them but does not have them."""
     config = getattr(transformers, CONFIG_MAPPING_NAMES.get(model_type, ""), None)
-    return config, [found for name in model_types()[model_type] if (found := getattr(transformers, name, None))]
+    classes = [found for name in model_types()[model_type] if (found := getattr(transformers, name, None))]
+    return config, sorted(classes, key=lambda each: not _reads(each, config))
+
+
+def _reads(model_class: type, config: type | None) -> bool:
+    """Whether a class reads a config as what it is: ShieldGemma 2 names one of Gemma 3, which reloads as that."""
+    try:
+        return model_class.config_class is config
+    except ImportError:  # of a library that is not here
+        return True
