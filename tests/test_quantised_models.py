@@ -11,6 +11,7 @@ from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization import apply_quantization_config as apply_compression
 from compressed_tensors.quantization.utils import calculate_qparams
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_prune_files import stored
 from tiny import GQA, redrawn, tiny_folder, tiny_tokenizer
@@ -188,6 +189,27 @@ def test_pruned_in_files_with_every_weight_as_it_is(made, tmp_path):
     small, whole = loaded(tmp_path / "out"), loaded(folder)
     with torch.no_grad(), bypassed(find_stacks(whole)[0], [1]):
         torch.testing.assert_close(small(input_ids=IDS).logits, whole(input_ids=IDS).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dora, bits", [(False, FOUR_BIT), (True, FOUR_BIT), (False, dict(load_in_8bit=True))])
+def test_adapters_on_packed_weights_are_read_as_they_act(dora, bits, dense):
+    """QLoRA. Merging would round the sum to the few bits of the weight."""
+    settings = tf.BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=torch.float32)
+    model, plain = loaded(dense, settings), dequantised(loaded(dense, settings))
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], r=4, use_dora=dora)
+    adapted, twin = get_peft_model(model, config).eval(), get_peft_model(plain, config).eval()
+    with torch.no_grad():
+        for (name, one), (_, other) in zip(*(lora_parameters(each) for each in (adapted, twin)), strict=True):
+            one.copy_(other.normal_(std=0.2) if "magnitude" not in name else other)
+    merged = twin.merge_and_unload()
+    assert_same_matrices(adapted, merged, rtol=1e-4)
+    with torch.no_grad():
+        adapted(input_ids=IDS)
+    assert_same_matrices(adapted, merged, rtol=1e-2)
+
+
+def lora_parameters(model):
+    return [(name, parameter) for name, parameter in model.named_parameters() if "lora_" in name]
 
 
 class GptqLike(nn.Module):

@@ -16,7 +16,7 @@ from .shards import Shards
 # Signs read from each matrix: enough to see that a model was trained further, few enough for any size.
 SIGNS = 65_536
 # Bytes that one parameter of the model may need in memory while it is made from several tensors of the files.
-CONVERTED = 256 * 1024**2
+CONVERTED = 64 * 1024**2
 
 Read = Callable[[str], torch.Tensor | None]
 

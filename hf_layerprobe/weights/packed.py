@@ -34,7 +34,23 @@ def unpack(module: nn.Module) -> torch.Tensor:
 
             decompress_module(module)
             return module.weight.detach()
-        return _multiplied_by(module)
+        return _multiplied_by(module, module.in_features, module.qweight.device)
+
+
+def unpack_adapted(adapter: nn.Module, packed: nn.Module) -> torch.Tensor:
+    """The matrix `[out, in]` by which a PEFT layer around a packed module multiplies; both are left as they are.
+
+    PEFT would merge into the packed weight and round the sum to its few bits, which is not what the layer computes.
+    """
+    weight = unpack(packed).float()
+    adapter = copy.deepcopy(adapter)
+    inner = adapter
+    while hasattr(inner.base_layer, "base_layer"):
+        inner = inner.base_layer
+    plain = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    plain.weight = nn.Parameter(weight)
+    inner.base_layer = plain
+    return _multiplied_by(adapter, plain.in_features, weight.device)
 
 
 def _dequantised(module: nn.Module) -> torch.Tensor:
@@ -64,9 +80,10 @@ def _quantised_linear(module: nn.Module) -> bool:
     return getattr(module, "qweight", None) is not None and hasattr(module, "in_features")
 
 
-def _multiplied_by(module: nn.Module) -> torch.Tensor:
+@torch.no_grad()
+def _multiplied_by(module: nn.Module, in_features: int, device: torch.device) -> torch.Tensor:
     """What a linear module does to each unit vector, up to the rounding of the dtype that it computes in."""
     module.eval()
-    identity = torch.eye(module.in_features, device=module.qweight.device)
-    bias = 0 if module.bias is None else module.bias
+    identity = torch.eye(in_features, device=device)
+    bias = module(torch.zeros_like(identity[:1]))
     return torch.cat([module(stripe) - bias for stripe in identity.split(STRIPE)]).T.contiguous()

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import LayerProbeError
 from .naming import NamedWeight
-from .packed import is_packed, packed_shape, unpack
+from .packed import is_packed, packed_shape, unpack, unpack_adapted
 
 
 def merged(weight: NamedWeight) -> torch.Tensor:
@@ -23,6 +23,8 @@ def merged(weight: NamedWeight) -> torch.Tensor:
     """
     if weight.adapter is None:
         return base(weight)
+    if is_packed(weight.owner):
+        return unpack_adapted(weight.adapter, weight.owner)
     module = copy.deepcopy(weight.adapter)
     with torch.no_grad():
         while hasattr(module, "base_layer"):
@@ -34,7 +36,7 @@ def merged(weight: NamedWeight) -> torch.Tensor:
                     f"({type(error).__name__}: {error}). Read the weights below it with adapters='base'."
                 ) from error
             module = module.base_layer
-    return _read(module, weight.parameter)
+    return gathered(getattr(module, weight.parameter))
 
 
 def base(weight: NamedWeight) -> torch.Tensor:
@@ -43,7 +45,8 @@ def base(weight: NamedWeight) -> torch.Tensor:
     Raises:
         LayerProbeError: A parameter that is partitioned.
     """
-    return _read(weight.owner, weight.parameter)
+    owner = weight.owner
+    return unpack(owner) if is_packed(owner) else gathered(getattr(owner, weight.parameter))
 
 
 def outline(weight: NamedWeight) -> torch.Tensor:
@@ -51,10 +54,6 @@ def outline(weight: NamedWeight) -> torch.Tensor:
     owner = weight.owner
     shape = packed_shape(owner) if is_packed(owner) else full_shape(getattr(owner, weight.parameter))
     return torch.empty(shape, device="meta")
-
-
-def _read(owner: nn.Module, parameter: str) -> torch.Tensor:
-    return unpack(owner) if is_packed(owner) else gathered(getattr(owner, parameter))
 
 
 def gathered(parameter: torch.Tensor) -> torch.Tensor:
