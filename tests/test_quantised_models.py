@@ -157,10 +157,10 @@ def test_read_as_what_the_weights_stand_for(made, dense):
     assert_same_matrices(model, twin, rtol=1e-2)
 
 
-def assert_same_matrices(one, other, rtol=1e-5):
+def assert_same_matrices(one, other, rtol=1e-5, atol=1e-6):
     pairs = zip(*(read_matrices(find_stacks(each)[0]) for each in (one, other)), strict=True)
     for (*where, found), (*_, expected) in pairs:
-        torch.testing.assert_close(found.float(), expected, rtol=rtol, atol=1e-6, msg=str(where))
+        torch.testing.assert_close(found.float(), expected, rtol=rtol, atol=atol, msg=str(where))
 
 
 def test_pruned_in_files_with_every_weight_as_it_is(made, tmp_path):
@@ -205,7 +205,7 @@ def test_adapters_on_packed_weights_are_read_as_they_act(dora, bits, dense):
     assert_same_matrices(adapted, merged, rtol=1e-4)
     with torch.no_grad():
         adapted(input_ids=IDS)
-    assert_same_matrices(adapted, merged, rtol=1e-2)
+    assert_same_matrices(adapted, merged, rtol=1e-2, atol=5e-3)
 
 
 def lora_parameters(model):
