@@ -10,6 +10,8 @@ from conformance.trial import Runnable, _mattering
 from conformance.types import classes_of
 
 from hf_layerprobe import PruningError, find_stacks, prune_layers
+from hf_layerprobe.errors import VerificationError
+from hf_layerprobe.surgery.gate import verify
 
 
 def tiny(model_type, **fields):
@@ -65,6 +67,17 @@ def test_zamba_needs_two_copies_of_its_shared_block():
         stack.check([0, 1, 3])
     assert refused.value.nearest[0] == (0, 1, 2)
     stack.check([0, 2])
+
+
+def test_a_part_that_no_forward_pass_runs_is_checked_by_itself():
+    """CSM's depth decoder runs in generation, its codec's decoder after it."""
+    model = tiny("csm")
+    stack = next(stack for stack in find_stacks(model) if stack.path == "depth_decoder.model.layers")
+    pruned = prune_layers(model, stack=stack.path, remove=[0, 5])
+    with torch.no_grad():
+        pruned.depth_decoder.model.layers[1].mlp.up_proj.weight[3] += 0.1
+    with pytest.raises(VerificationError, match="does not compute what the original does"):
+        verify({stack: [0, 5]}, pruned)
 
 
 def test_a_wrong_refusal_is_refuted(monkeypatch):

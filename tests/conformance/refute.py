@@ -124,9 +124,16 @@ def _inputs(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[dic
     if (pixels := inputs.get("pixel_values")) is not None and pixels.dim() == 4:
         larger = {**inputs, "pixel_values": nn.functional.interpolate(pixels, scale_factor=2)}
         with suppress(Exception):
-            outputs(copy.deepcopy(model), larger)
+            outputs(_anew(model), larger)
             yield larger
     yield inputs
+
+
+def _anew(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that has never run: Swin's layers remember the size of an image."""
+    new = type(model)(copy.deepcopy(model.config)).eval()
+    new.load_state_dict(model.state_dict())
+    return new
 
 
 def _is_equal(
@@ -137,7 +144,7 @@ def _is_equal(
     removed: Sequence[int],
     inputs: dict[str, torch.Tensor],
 ) -> bool:
-    model, small = copy.deepcopy(model), copy.deepcopy(small)  # Swin's layers remember the size of an image
+    model, small = _anew(model), _anew(small)
     bypassed = [model.get_submodule(path) for path in (stack.path, *(path for path in lists if path != stack.path))]
     with without([each for each in bypassed if len(each) == stack.num_layers], removed):
         expected = outputs(model, inputs)

@@ -190,8 +190,11 @@ FILLINGS = dict(
 RESNET = dict(
     model_type="resnet", embedding_size=16, hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 1, 1], layer_type="basic"
 )
-# Fields that are in no config by default, but in the code, with values for the vocabulary of real models.
-READ_BY_CODE = {"shieldgemma2": {"yes_token_index": 8, "no_token_index": 9}}
+# Tokens that no config has by default: ShieldGemma 2's code then takes those of its own vocabulary, and MiniCPM-V has no images.
+TOKENS_OF = {
+    "shieldgemma2": {"yes_token_index": 8, "no_token_index": 9},
+    **{name: {"image_token_id": 5, "video_token_id": 6} for name in ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")},
+}
 DERIVED = ("transformers_version", "_name_or_path", "id2label", "label2id", "per_layer_config", "stage_names")
 
 
@@ -206,7 +209,7 @@ def tiny_configs(config_class: type[PreTrainedConfig]) -> Iterator[PreTrainedCon
         try:
             fields = _tiny(defaults, size, {})
             # Those of nodes inside say which class they are.
-            fields |= READ_BY_CODE.get(fields.pop("model_type", None), {})
+            fields |= TOKENS_OF.get(fields.pop("model_type", None), {})
             config = config_class(**fields)
             content = config.to_json_string(use_diff=False)
         except Exception:  # whatever its validation raises

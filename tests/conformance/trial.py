@@ -6,11 +6,12 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_layerprobe import LayerProbeError, LayerStack, PruningError, find_stacks, prune_layers
@@ -186,18 +187,29 @@ def _try_set(
         return _short(f"refused: {error}"), None
     except Exception as error:
         return _short(f"crashed: {type(error).__name__}: {error}"), None
-    inputs = example_inputs(model, [stack.layers[i] for stack in stacks for i in removed])
     lists = [each.layers for stack in stacks for each in (stack, *stack.siblings)]
     try:
+        part, inputs = _running(model, stacks[0].path, [stack.layers[i] for stack in stacks for i in removed])
         with without(lists, removed):
-            expected = outputs(model, inputs)
-        found = outputs(reloaded, inputs)
+            expected = outputs(model.get_submodule(part), inputs)
+        found = outputs(reloaded.get_submodule(part), inputs)
     except AssertionError as error:
         return f"equal to the library's own check alone: {error}", None
     except Exception as error:
         return f"wrong: {type(error).__name__}: {error}", None
     largest = difference(entries_of_kept(expected, found, stacks[0].num_layers, removed), found)
     return ("equal" if largest <= TOLERANCE else f"wrong: differs by {largest:.1e}"), None
+
+
+def _running(model: PreTrainedModel, path: str, layers: list[nn.Module]) -> tuple[str, dict[str, torch.Tensor]]:
+    """The outermost model around a stack that runs all of some layers, by its path, and what it runs on."""
+    names = path.split(".")
+    for depth in range(len(names)):
+        part = ".".join(names[:depth])
+        if isinstance(found := model.get_submodule(part), PreTrainedModel):
+            with suppress(LayerProbeError):
+                return part, example_inputs(found, layers)
+    raise AssertionError("no inputs are known on which these layers run")
 
 
 @contextmanager
