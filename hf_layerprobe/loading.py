@@ -71,11 +71,12 @@ def check_runs(config: PreTrainedConfig) -> None:
         return
     try:
         # Left alone, an unknown method is passed over, and codes are loaded as if they were weights.
-        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment()
-    except (ImportError, RuntimeError, ValueError) as error:
+        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map=None)
+    except Exception as error:  # also a NameError, where optimum misses the package for GPTQ
         method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
         raise LayerProbeError(
-            f"The model is quantised with {str(method)!r} and cannot be run here: {str(error).rstrip('.')}."
+            f"The model is quantised with {str(method)!r} and cannot be run here: {str(error).rstrip('.')}. Install the package that "
+            "Transformers names for this method, or use the unquantised model."
         ) from error
 
 

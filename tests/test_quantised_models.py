@@ -244,8 +244,13 @@ def test_weights_that_are_no_parameters(dense):
 
 def test_a_quantisation_that_is_not_known(dense, tmp_path):
     folder = tiny_folder(tmp_path / "in")
-    # None named, no such one, and one whose package is missing.
-    for method, reason in ((None, "quant_method"), ("secret", "secret"), ("awq", "gptqmodel")):
+    # None named, no such one, and two whose package is missing.
+    for method, reason in (
+        (None, "quant_method"),
+        ("secret", "secret"),
+        ("awq", "gptqmodel"),
+        ("gptq", "Install the package"),
+    ):
         config = json.loads((folder / "config.json").read_text())
         settings = {"quant_method": method, "bits": 4, "modules_to_not_convert": ["lm_head"]}
         (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
