@@ -10,7 +10,7 @@ from test_prune import assert_same_outputs, outputs
 from test_prune_composites import hybrid, qwen3_vl
 from tiny import FAMILIES, GQA, redrawn, tiny_model
 from torch import nn
-from transformers.models.mllama import MllamaVisionConfig
+from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
 from hf_layerprobe import PruningError, PruningPlan, find_stacks, plan_pruning, prune_layers
 from hf_layerprobe.scores import LayerScores

@@ -8,6 +8,8 @@ from conformance.trial import try_type
 from conformance.types import model_types
 from tiny import tiny_model
 
+from hf_layerprobe import supported
+
 # Every way in which architectures differ: heads, modalities, hybrids, experts, rules of position, old and new code.
 REPRESENTATIVE = """
     albert audio-spectrogram-transformer bamba bart beit bert bloom canine clip cohere2 colqwen2 csm deberta-v2 deepseek_v3
@@ -17,6 +19,8 @@ REPRESENTATIVE = """
     wav2vec2 whisper xlm
 """.split()  # noqa: SIM905
 TYPES = [name for name in REPRESENTATIVE if name in model_types()]
+# Of which the run's tiny configs and inputs are not those that early versions of Transformers 5 need.
+NOT_EARLY = {"colqwen2", "detr", "gpt_neo", "granitemoehybrid", "jamba", "pix2struct"}
 
 
 def test_enough_types_are_known():
@@ -26,6 +30,9 @@ def test_enough_types_are_known():
 @pytest.mark.parametrize("model_type", TYPES)
 def test_what_is_saved_is_what_was_meant_or_nothing(model_type):
     record = try_type(model_type)
+    if model_type in NOT_EARLY and record["outcome"] in ("not built", "not run"):
+        assert supported.versions() != supported.read()["versions"]
+        return
     assert record["outcome"] == ("no stack" if model_type == "albert" else "pruned"), record
     assert not [name for stack in record["stacks"] for name in stack["sets"].values() if name.startswith("equal to")]
 

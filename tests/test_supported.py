@@ -1,6 +1,7 @@
 """The list of model types that were tried: who may write it, what the README and the command make of it."""
 
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -62,6 +63,15 @@ def test_all_types_are_tried_again_where_other_code_wrote_the_list(monkeypatch):
     assert conformance.main() == 0 and not tried
     monkeypatch.setattr(supported, "read", lambda: stored | {"code": "0" * 16})
     assert conformance.main() == 0 and tried == list(model_types())
+
+
+def test_the_lowest_versions_are_those_that_ci_runs():
+    root = Path(__file__).parents[1]
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', root.joinpath("pyproject.toml").read_text(encoding="utf-8")))
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", root.joinpath("constraints-lowest.txt").read_text(), re.MULTILINE))
+    # torch is explained there; hatchling and ruff run no test.
+    for name in bounds.keys() - {"torch", "hatchling", "ruff"}:
+        assert f"{pins[name]}.".startswith(f"{bounds[name]}."), name
 
 
 def run(*arguments, code=0):

@@ -30,6 +30,9 @@ def run(tmp_path):
     """A short training that reports to one tracker; returns its layerprobe entries, one a snapshot."""
 
     def train(tracker):
+        # Nothing is to be published; early versions do not offer it.
+        name = "trackio_static_space_id"
+        options = {name: False} if hasattr(TrainingArguments, name) else {}
         args = TrainingArguments(
             str(tmp_path / "out"),
             max_steps=4,
@@ -43,7 +46,8 @@ def run(tmp_path):
             report_to=[tracker],
             run_name="one",
             project="probed",
-            trackio_static_space_id=False,
+            trackio_space_id=None,
+            **options,
         )
         callback = LayerProbeCallback(("avss", "docs", "drift"), maps=True, kinds=["q"])
         trainer = Trainer(
