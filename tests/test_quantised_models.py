@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from contextlib import suppress
 from importlib import import_module
 
@@ -265,6 +266,17 @@ def test_a_quantisation_that_is_not_known(dense, tmp_path):
             prune_checkpoint(folder, remove=[1], output_dir=tmp_path / "out")
         with pytest.raises(LayerProbeError, match=f"quantised with '?{method}'? and cannot be run here.*{reason}"):
             prune_layers(folder, remove=[1], output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["re:.*layers[.]1[.]mlp.*", "layers.3.mlp", r"+:model\.layers\.(1|2)\..*"])
+def test_layers_named_in_a_way_that_cannot_be_renumbered(name, dense, tmp_path):
+    compressed_fp8(dense, tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    config["quantization_config"]["ignore"] += ["re:.*layers.*norm", name]  # the first means all layers
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PruningError, match=f"name layers by {re.escape(repr(name))}.*new numbers"):
+        prune_checkpoint(tmp_path / "in", remove=[1], output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -6,6 +6,7 @@ Tensors keep the names, the formats and the order that they have on disk; only t
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -108,8 +109,11 @@ def prune_checkpoint(
         )
     shards = Shards(name, token=token)
     names = {path: _place(model, path, shards.keys) for path in edit.kept}
-    renaming = _Renaming({names[path]: keep for path, keep in edit.kept.items()})
+    in_files = {names[path]: keep for path, keep in edit.kept.items()}
+    renaming = _Renaming(in_files)
     _check_complete(model, edit, shards, renaming)
+    in_modules = {tuple(path.split(".")): keep for path, keep in edit.kept.items()}
+    settings = _renumbered(settings, _Renaming({**in_files, **in_modules}), model)
     if verify:
         try:
             check_runs(config)
@@ -131,7 +135,7 @@ def prune_checkpoint(
         new_config.architectures = config.architectures
         new_config.dtype = config.dtype
         if settings is not None:
-            new_config.quantization_config = _renumbered(settings, edit.kept)
+            new_config.quantization_config = settings
         new_config.save_pretrained(folder)
         _copy_others(name, folder, token)
         plan.save(folder)
@@ -150,15 +154,22 @@ class _Renaming:
     def __init__(self, kept: Mapping[tuple[str, ...], Sequence[int]]):
         self.kept = {place: {old: new for new, old in enumerate(keep)} for place, keep in kept.items()}
 
+    def place(self, key: str) -> tuple[str, ...] | None:
+        """What stands before the layer's number, if it is the name of something in one of the layers."""
+        parts = key.split(".")
+        for place in self.kept:
+            if tuple(parts[: len(place)]) == place and len(parts) > len(place) and parts[len(place)].isdigit():
+                return place
+        return None
+
     def __call__(self, key: str) -> str | None:
         """The new name, or None for a tensor of a removed layer."""
-        parts = key.split(".")
-        for place, new_index in self.kept.items():
-            at = len(place)
-            if tuple(parts[:at]) == place and len(parts) > at and parts[at].isdigit():
-                new = new_index.get(int(parts[at]))
-                return None if new is None else ".".join([*place, str(new), *parts[at + 1 :]])
-        return key
+        place = self.place(key)
+        if place is None:
+            return key
+        number, *rest = key.split(".")[len(place) :]
+        new = self.kept[place].get(int(number))
+        return None if new is None else ".".join([*place, str(new), *rest])
 
 
 def _place(model: PreTrainedModel, path: str, keys: Sequence[str]) -> tuple[str, ...]:
@@ -241,15 +252,30 @@ def _copy_others(name: str, folder: Path, token: str | bool | None) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _renumbered(value: Any, kept: Mapping[str, Sequence[int]]) -> Any:
-    """Quantisation settings in which lists and keys that name modules name them by their new numbers."""
-    renaming = _Renaming({tuple(path.split(".")): keep for path, keep in kept.items()})
+def _renumbered(value: Any, renaming: _Renaming, model: PreTrainedModel) -> Any:
+    """Quantisation settings in which lists and keys that name modules name them by their new numbers.
+
+    Raises:
+        PruningError: A pattern or name that means single layers in another way.
+    """
     if isinstance(value, dict):
-        renamed = {renaming(key): _renumbered(item, kept) for key, item in value.items()}
+        renamed = {_renumbered(key, renaming, model): _renumbered(item, renaming, model) for key, item in value.items()}
         return {key: item for key, item in renamed.items() if key is not None}
     if isinstance(value, (list, tuple)):
-        return [_renumbered(item, kept) for item in value if not isinstance(item, str) or renaming(item) is not None]
-    return renaming(value) if isinstance(value, str) else value
+        renamed = [_renumbered(item, renaming, model) for item in value]
+        return [new for new, old in zip(renamed, value, strict=True) if new is not None or old is None]
+    if not isinstance(value, str):
+        return value
+    lists = "|".join(re.escape(place[-1]) for place in renaming.kept)
+    by_number = renaming.place(value) is None and re.search(rf"(^|\W)({lists})\W+\d", value)
+    # Lists of other parts of the model may have the same name; these keep their numbers.
+    if by_number and value not in dict(model.named_modules()):
+        raise PruningError(
+            f"The quantisation settings name layers by {value!r}, which cannot be given the layers' new numbers: only names such "
+            f"as {'.'.join(next(iter(renaming.kept)))}.3.… can. Write each module's name into the config, or prune the unquantised "
+            "model and quantise the result."
+        )
+    return renaming(value)
 
 
 def _compare(
