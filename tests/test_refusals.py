@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from conformance import refute
 from conformance.tiny_config import tiny_configs
 from conformance.trial import Runnable, _mattering
@@ -90,3 +91,16 @@ def test_a_wrong_refusal_is_refuted(monkeypatch):
     monkeypatch.setattr(refute, "PATTERN", re.compile("period"))  # it is not to take long
     found.search("yolos")
     assert refute._refutation(found.model, find_stacks(found.model)[0], [5]) is None
+
+
+def test_the_neck_of_dpt_reads_four_layers():
+    """The bare model hands on its last state alone."""
+    config = tiny("dpt").config
+    with torch.device("meta"):
+        models = [transformers.DPTModel(config), transformers.DPTForDepthEstimation(config)]
+    bare, whole = (find_stacks(model)[0] for model in models)
+    bare.check([1, 2, 4])
+    with pytest.raises(PruningError, match="backbone_out_indices=.* reads the output of single layers") as refused:
+        whole.check([1, 2, 4])
+    for keep in refused.value.nearest:
+        whole.check(keep)
