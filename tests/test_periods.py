@@ -7,8 +7,11 @@ from conformance.trial import Runnable, _try_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_layerprobe import find_stacks
+from hf_layerprobe import find_stacks, supported
 from hf_layerprobe.stacks.periods import period_edits
+
+# Early versions of Transformers 5 cannot build these so tiny, or run them otherwise: there the check may refuse.
+NOT_EARLY = {"jamba", "recurrent_gemma", "dab-detr", "autoformer"}
 
 
 @given(st.integers(1, 6), st.integers(0, 5), st.sets(st.integers(0, 11), min_size=1))
@@ -74,5 +77,10 @@ def test_the_rule_of_the_kept_layers(node, field, keep, edits):
 def test_sets_that_can_be_expressed_at_second_sight(model_type, path, removed):
     found = Runnable()
     found.search(model_type)
+    early = model_type in NOT_EARLY and supported.versions() != supported.read()["versions"]
+    if found.model is None:
+        assert early
+        return
     stack = next(stack for stack in find_stacks(found.model) if stack.path == path)
-    assert _try_set(found.model, [stack], removed) == ("equal", None)
+    outcome, why = _try_set(found.model, [stack], removed)
+    assert (outcome, why) == ("equal", None) or (early and outcome.startswith("refused: ")), outcome
