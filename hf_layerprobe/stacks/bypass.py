@@ -55,7 +55,7 @@ def bypassed(stack: LayerStack, layers: Iterable[int]) -> Iterator[set[int]]:
             ran.add(index)
         output = _continued(output, [hidden_input(args, kwargs), *args, *kwargs.values()])
         if (place := ADDED_OUTSIDE.get(type(module).__name__)) is not None:
-            output = (*output[:place], torch.zeros_like(output[place]), *output[place + 1 :])
+            output = _without_part(output, place)
         return output
 
     def add_nothing(index, module, output, _args, _kwargs):
@@ -81,6 +81,13 @@ def bypassed(stack: LayerStack, layers: Iterable[int]) -> Iterator[set[int]]:
             del module.forward
             if own is not None:  # one that was there before, such as accelerate's
                 module.forward = own
+
+
+def _without_part(output: tuple, place: int) -> tuple:
+    """With zeros for one of the outputs; Transformers 5.0 has them in a tuple of their own, before the attention maps."""
+    if isinstance(output[0], tuple):
+        return (_without_part(output[0], place), *output[1:])
+    return (*output[:place], torch.zeros_like(output[place]), *output[place + 1 :])
 
 
 def _changed(forward: Callable, change: Callable) -> Callable:
