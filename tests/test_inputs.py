@@ -42,12 +42,48 @@ def qwen2_vl():
     )  # fmt: skip
 
 
+def phi4():
+    sound = dict(
+        hidden_size=32, intermediate_size=48, num_blocks=3, num_attention_heads=4, ext_pw_out_channel=32,
+        depthwise_separable_out_channel=32, nemo_conv_channels=8, input_size=16, audio_token_id=62,
+    )  # fmt: skip
+    vision = {**TOWER, "crop_size": 16, "image_token_id": 63}
+    return tf.Phi4MultimodalForCausalLM(
+        tf.Phi4MultimodalConfig(**SIX, vision_config=vision, audio_config=sound, bos_token_id=1, eos_token_id=2)
+    )
+
+
+def diffusion_gemma():
+    text = {
+        **SIX,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "num_experts": 2,
+        "top_k_experts": 1,
+        "moe_intermediate_size": 16,
+    }
+    vision = dict(
+        model_type="gemma4_vision", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=8, patch_size=4,
+    )  # fmt: skip
+    return tf.DiffusionGemmaForBlockDiffusion(
+        tf.DiffusionGemmaConfig(text_config=text, vision_config=vision, image_token_id=63, canvas_length=8)
+    )
+
+
 MODELS = {
     "image and video beside text": (
         qwen2_vl,
         {"pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"},
     ),
     "sound beside text": (qwen2_audio, {"input_features"}),
+    "image in parts and sound beside text": (
+        phi4,
+        {"image_pixel_values", "image_attention_mask", "audio_input_features"},
+    ),
+    "image that is handed on unnamed": pytest.param(
+        diffusion_gemma, {"pixel_values", "image_position_ids"}, marks=pytest.mark.model_type("diffusion_gemma")
+    ),
     "image and text, each by itself": (
         lambda: tf.CLIPModel(tf.CLIPConfig(text_config=TEXT, vision_config=TOWER)),
         {"input_ids", "pixel_values"},
@@ -108,9 +144,8 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_layer_of_every_stack_runs(name):
-    make, names = MODELS[name]
+@pytest.mark.parametrize(("make", "names"), MODELS.values(), ids=MODELS)
+def test_every_layer_of_every_stack_runs(make, names):
     model = redrawn(make())
     layers = [layer for stack in find_stacks(model) for layer in stack.layers]
     ran = set()

@@ -164,6 +164,8 @@ NARROW: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
          _window),
         (r".*max_source_positions", _at_most(64)),
         (r"image_size$", _image_size),
+        (r"crop_size$", lambda value, size, node: _image_size(value, size, node) if value == node.get("image_size") else value),
+        (r"ext_pw_out_channel$|depthwise_separable_out_channel$", lambda value, size, node: size.hidden),
         (r"mm_tokens_per_image$|vision_soft_tokens_per_image$", _at_most(4)),
         (r"query_pre_attn_scalar$", lambda value, size, node: size.hidden // size.heads),
         (r".*(codebook_size|num_embeddings|codebook_dim|vector_quantization_hidden_dimension)", _at_most(64)),
@@ -234,6 +236,8 @@ def _tiny(node: dict[str, Any], size: Size, tokens: dict[str, int]) -> dict[str,
             tiny[name] = _tiny_int(name, value, size, node, tokens)
         elif isinstance(value, dict):
             tiny[name] = _tiny_dict(name, value, size, node, tokens)
+        elif name == "width_coefficient" and size.shrink_width:  # of widths that EfficientNet names, up to 320
+            tiny[name] = size.hidden / 320
         elif isinstance(value, (list, tuple)) and value:
             if (entries := _tiny_list(name, list(value), counts, size, node)) is not None:
                 tiny[name] = entries

@@ -24,6 +24,8 @@ def image_forms(sizes: Sizes, accepted: Collection[str], random: torch.Generator
     name = next((each for each in IMAGES if each in accepted), None)
     if name == "flattened_patches":
         yield _flattened(sizes, random)
+    elif name == "image_pixel_values":
+        yield _cropped(sizes, random)
     elif name is not None:
         yield from _with_companions(_patches(name, sizes, accepted, random, frames=1), sizes, accepted, random)
         if name != "hidden_states":
@@ -123,7 +125,6 @@ def _with_companions(
             "aspect_ratio_mask": torch.ones((2, 1, values.shape[2] if values.dim() == 6 else 1), dtype=torch.long),
             "pixel_values_local": values[:, None] if values.dim() == 4 else values,
             "num_local_patches": torch.ones(2, dtype=torch.long),
-            "image_attention_mask": torch.ones((2, parts, *size), dtype=torch.long),
         }
         if values.dim() == 5:
             known["pixel_attention_mask"] = torch.ones((2, parts), dtype=torch.bool)  # which parts are there
@@ -142,6 +143,17 @@ def _flattened(sizes: Sizes, random: torch.Generator) -> Inputs:
     where = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(2, -1, -1) + 1.0
     patches = torch.rand((2, side**2, _channels(sizes) * patch**2), generator=random)
     return {"flattened_patches": torch.cat((where, patches), dim=-1)}
+
+
+def _cropped(sizes: Sizes, random: torch.Generator) -> Inputs:
+    """Phi-4's: each image as a whole and in crops, of which there is one here, with a mask of the patches that are there."""
+    size = _pair(_image_size(sizes))
+    patch = sizes.side("patch_size", default=14)
+    return {
+        "image_pixel_values": torch.rand((2, 2, _channels(sizes), *size), generator=random),
+        "image_sizes": torch.tensor([size] * 2),
+        "image_attention_mask": torch.ones((2, 2, size[0] // patch, size[1] // patch), dtype=torch.long),
+    }
 
 
 def _image_size(sizes: Sizes):

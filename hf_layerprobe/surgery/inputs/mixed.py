@@ -45,6 +45,23 @@ def features_in(model: PreTrainedModel, modality: str, form: Inputs) -> int | No
     )
 
 
+def features_told(form: Inputs) -> int | None:
+    """How many features become of each image or recording where the arguments themselves say so (Phi-4); else None."""
+    if "audio_embed_sizes" in form:
+        return int(form["audio_embed_sizes"][0])
+    if "image_pixel_values" in form:
+        # Two by two patches become one; each of the two parts has a column more, and a separator stands between them.
+        side = (form["image_attention_mask"].shape[-1] + 1) // 2
+        return 2 * side * (side + 1) + 1
+    return None
+
+
+def reader(model: PreTrainedModel, modality: str) -> PreTrainedModel | None:
+    """The part of a model that makes the features of a modality and puts them between the words; None for no such part."""
+    get = _getter(model, modality)
+    return None if get is None else get.__self__
+
+
 def _count(get, given: Inputs) -> int | None:
     try:
         with torch.no_grad():
@@ -107,7 +124,7 @@ def _told_apart(config: PreTrainedConfig, accepted: Collection[str], inputs: Inp
         yield {**inputs, **changed}
     if "cross_attention_mask" in accepted and (pixels := inputs.get("pixel_values")) is not None and pixels.dim() == 6:
         yield {**inputs, "cross_attention_mask": torch.ones((len(ids), length, *pixels.shape[1:3]), dtype=torch.long)}
-    if "image_attention_mask" in accepted:
+    if "image_attention_mask" in accepted and "image_attention_mask" not in inputs:
         yield {**inputs, "image_attention_mask": torch.ones((len(ids), length, 1), dtype=torch.long)}
 
 

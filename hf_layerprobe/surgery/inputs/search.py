@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...errors import PruningError
 from .arguments import BATCH, TOKENS, argument, boxes, decisions, time_series
 from .images import IMAGES, VIDEOS, image_forms, video_forms
-from .mixed import counts_features, features_in, mixed
+from .mixed import counts_features, features_in, features_told, mixed, reader
 from .sizes import Sizes, special_tokens
 from .sound import SAMPLES, SPECTROGRAMS, sound_forms
 
@@ -139,8 +139,10 @@ def _has_no_tower(config: PreTrainedConfig, modality: str) -> bool:
 def _fitting(model: PreTrainedModel, modality: str, forms: list[Inputs]) -> Iterator[tuple[Inputs, int]]:
     """Forms that the modality's tower accepts with the number of features that it makes of each of the two."""
     if not counts_features(model, modality):
-        # Nobody can be asked: no placeholder, or one that stands for all of a recording.
-        yield from ((form, count) for form in forms for count in (0, 1))
+        # Nobody can be asked: the form tells, or there is no placeholder, or one that stands for all of a recording.
+        for form in forms:
+            told = features_told(form)
+            yield from ((form, count) for count in ((0, 1) if told is None else (told,)))
         return
     for form in forms:
         count = features_in(model, modality, form)
@@ -203,8 +205,13 @@ def _completed(model: PreTrainedModel, inputs: Inputs, random: torch.Generator) 
             yield _placed({**inputs, "decoder_input_ids": tokens}, model)
 
 
-def _accepted(model: PreTrainedModel):
-    return inspect.signature(model.forward).parameters
+def _accepted(model: PreTrainedModel) -> dict[str, inspect.Parameter]:
+    """The arguments of a model; also those about images that it hands on unnamed (DiffusionGemma)."""
+    parameters = dict(inspect.signature(model.forward).parameters)
+    unnamed = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
+    if unnamed and not any(name in parameters for name in IMAGES) and (inner := reader(model, "image")) is not None:
+        return {**inspect.signature(inner.forward).parameters, **parameters}
+    return parameters
 
 
 def _placed(inputs: Inputs, model: PreTrainedModel) -> Inputs:

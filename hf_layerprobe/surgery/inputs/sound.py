@@ -15,7 +15,7 @@ MASKS = ("input_features_mask", "feature_attention_mask", "input_values_mask", "
 CUTOFF = 1000  # samples of each recording that are read by models that are told: less than one frame of a codec
 BANDS = (
     "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "mel_bins", "num_mels", "input_feat_size",
-    "input_feature_size", "input_dim", "num_bins",
+    "input_feature_size", "input_dim", "num_bins", "input_size",
 )  # fmt: skip
 
 
@@ -60,4 +60,5 @@ def _masked(form: Inputs, frames: int, accepted: Collection[str]) -> Iterator[In
     if extra := {name: value for name, value in known.items() if name in accepted}:
         yield {**form, **extra}
         yield {**form, **{name: value.bool() if name in MASKS else value for name, value in extra.items()}}
-    yield form
+    if "audio_embed_sizes" not in extra:  # Phi-4's is read only with its mask and its number of features
+        yield form
