@@ -295,6 +295,8 @@ def _sections(size: Size, rope: dict[str, Any]) -> list[int]:
 
 def _tiny_list(name: str, entries: list, counts: set[int], size: Size, node: dict[str, Any]) -> list | None:
     """The list, or None for the config to derive it."""
+    if name in ("depths", "num_heads") and len(set(node.get("depths") or ())) == 1 and len(node["depths"]) > 4:
+        return entries[:2]  # stages that are all alike (Swin2SR): each is a stack to try
     if len(entries) in counts and len(entries) >= 3 and name != "depths":
         if size.lists == "alternate" and isinstance(entries[0], str):
             kinds = list(dict.fromkeys(entries))
