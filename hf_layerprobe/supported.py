@@ -23,7 +23,7 @@ OUTCOMES = {
     "pruned": "pruned, saved, reloaded and equal to the original with those layers bypassed",
     "refused": "refused with the reason, whatever the layers",
     "no stack": "no repeated layers of its own to remove",
-    "not run": "a tiny model was built, but no inputs were found that it runs on (one took too long); only `verify=False` prunes it",
+    "not run": "a tiny model was built, but no inputs were found that it runs on; only `verify=False` prunes it",
     "not built": "no tiny model could be built here, so it was not tried",
 }
 

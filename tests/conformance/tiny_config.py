@@ -131,6 +131,11 @@ def _window(value: int, size: Size, node: dict[str, Any]) -> int:
 NARROW: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
     (re.compile(pattern), rule)
     for pattern, rule in (
+        (r"output_channels$", lambda value, size, node: size.hidden if "global_attn_indexes" in node else value),
+        (r"num_pos_feats$", lambda value, size, node: size.hidden // 2 if "global_attn_indexes" in node else value),
+        (r"image_embedding_size$",
+         lambda value, size, node: _image_size(node["image_size"], size, node) // node["patch_size"]),
+        (r"vit_dim$", lambda value, size, node: size.hidden),
         (r"chunk_size_feed_forward$|type_vocab_size$|patch_embed_hidden_size$", lambda value, size, node: value),
         (r"backbone_hidden_size$", lambda value, size, node: size.hidden),
         (r"insert_layer_id$", _at_most(2)),
@@ -138,6 +143,7 @@ NARROW: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         (r"mamba_(n|num)_heads$", lambda value, size, node: 8),
         (r"num_heads$", lambda value, size, node: 8 if _is_mamba(node) else min(value, size.heads)),
         (r"mamba_(d_head|head_dim)$", lambda value, size, node: _mamba_width(node, size) // 8),
+        (r"mamba_headdim$", lambda value, size, node: _mamba_width(node, size) // size.heads),
         (r"mamba_d_ssm$", lambda value, size, node: _mamba_width(node, size)),
         (r"time_step_rank$", lambda value, size, node: 4),
         (r"max_window_layers$", lambda value, size, node: 3),
@@ -197,7 +203,9 @@ TOKENS_OF = {
     "shieldgemma2": {"yes_token_index": 8, "no_token_index": 9},
     **{name: {"image_token_id": 5, "video_token_id": 6} for name in ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")},
 }
-DERIVED = ("transformers_version", "_name_or_path", "id2label", "label2id", "per_layer_config", "stage_names")
+DERIVED = (
+    "transformers_version", "_name_or_path", "id2label", "label2id", "per_layer_config", "stage_names", "hybrid_layer_ids",
+)  # fmt: skip
 
 
 def tiny_configs(config_class: type[PreTrainedConfig]) -> Iterator[PreTrainedConfig]:
