@@ -15,6 +15,7 @@ from hf_layerprobe import LayerProbeError, PruningPlan, plan_pruning, prune_laye
 from hf_layerprobe.repair import ClosedForm, Finetune, Lora, repair_model
 from hf_layerprobe.repair.closed_form import Track
 from hf_layerprobe.repair.least_squares import Normal, best_change
+from hf_layerprobe.repair.losses import HeldOutLoss
 from hf_layerprobe.repair.sites import Site
 from hf_layerprobe.repair.training import teacher_map
 from hf_layerprobe.stacks import resolve_stack
@@ -356,6 +357,23 @@ def test_a_change_is_seen_under_autocast():
         before = matrix(read)
         site.set(site.state(), torch.ones(4, 2))
         assert (matrix(read) - before - 4).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("settings", [Lora(**healing(rank=4)), Finetune(**healing(closed_form=False))])
+def test_training_is_the_same_under_a_callers_autocast(settings):
+    """With its copies of the weights every step would be taken from the start, and the loss be that from before."""
+    model = tiny_model("llama")
+    data = saying(model, text_batches(12))
+    pruned = [prune_layers(model, remove=[1]) for _ in range(2)]
+    torch.manual_seed(0)
+    repair_model(pruned[0], model, [0, 2, 3], data, repair=settings)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**data[0]), pruned[1](**data[0])
+        found = repair_model(pruned[1], model, [0, 2, 3], data, repair=settings)["held_out_loss"]
+        assert HeldOutLoss(model, data).of(pruned[1]) < HeldOutLoss(model, data).of(prune_layers(model, remove=[1]))
+    assert found["repaired"] < found["pruned"]
+    assert same(*map(weights, pruned))
 
 
 def test_errors_are_relative_to_the_token():

@@ -47,6 +47,7 @@ class HeldOutLoss:
     def of(self, model: PreTrainedModel) -> float:
         """Mean loss of a model."""
         total, count = 0.0, 0
+        torch.clear_autocast_cache()  # under a caller's autocast, copies of weights that have changed since
         with evaluating(model, self.original), torch.no_grad():
             for batch in self.batches:
                 inputs = {name: value.to(model.device) for name, value in batch.items()}

@@ -90,6 +90,8 @@ def repair_model(
     except BaseException:
         after.layers.load_state_dict(plain)
         raise
+    finally:
+        torch.clear_autocast_cache()  # the caller's, if there is one, has copies of weights that are gone
     if not kept:
         logger.warning(
             f"The {settings.name} repair was undone: no change made the held-out loss ({loss.name}) less than "

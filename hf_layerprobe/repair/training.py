@@ -72,7 +72,8 @@ def train(
             finally:
                 if kept and settings.adapter_dir is not None:
                     adapted.save_pretrained(settings.adapter_dir)
-                adapted.merge_and_unload() if kept else adapted.unload()
+                with _without_autocast(model.device):
+                    adapted.merge_and_unload() if kept else adapted.unload()
             return kept
         beside = _beside(keep, original.num_layers, settings.beside)
         chosen = {id(p) for position in beside for p in pruned.layers[position].parameters()}
@@ -136,9 +137,16 @@ def _run(
         )  # fmt: skip
         last = get_last_checkpoint(checkpoints) if checkpoints is not None and Path(checkpoints).is_dir() else None
         try:
-            trainer.train(resume_from_checkpoint=last)
+            with _without_autocast(device):
+                trainer.train(resume_from_checkpoint=last)
         finally:
             trainer.unwatch()
+
+
+def _without_autocast(device: torch.device) -> torch.autocast:
+    """A caller's autocast would keep its copies of the weights until it ends, and so take every step from where the first
+    one stood; the Trainer's own makes them anew in each."""
+    return torch.autocast(device.type, enabled=False, cache_enabled=False)
 
 
 class _Clock(TrainerCallback):

@@ -5,8 +5,8 @@
 Measured on: every other Wikipedia passage of BoolQ, news articles of XSum, PIQA's validation questions, and the first Rotten
 Tomatoes reviews of each kind. Repaired with: the other passages, prose of other domains (law, finance, medicine, plots and
 reviews of films, captions), and rows in the format of the tasks (PIQA's unlabelled test questions, OpenBookQA and CommonsenseQA,
-other reviews with a label drawn at random). The repairs read no news, and no right answers: of the rows in a task's format, only
-what the untouched model says of them is learnt.
+other reviews with the label that the untouched model finds likelier). The repairs read no news, and no right answers: of the rows
+in a task's format, only what the untouched model says of them is learnt.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import bz2
 import csv
 import io
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -30,7 +31,8 @@ HELD_OUT_REVIEWS = 500
 QUESTION, REVIEW = "Question: {goal}\nAnswer:", "Review: {text}\nSentiment:"
 LABELS = [" negative", " positive"]
 
-Row = tuple[list[int], bool]
+# Tokens, and the first of them that is also learnt as text.
+Row = tuple[list[int], int]
 
 
 def packaged(package: str, name: str) -> Path:
@@ -52,6 +54,17 @@ def calibration() -> list[str]:
     return embedded_texts()[::2]
 
 
+def mixed_calibration(model, tokenizer, *, seed: int = 0, together: int = 4) -> list[str]:
+    """Passages of that half and, in turn, a few reviews with the untouched model's labels: what layers are chosen by for both."""
+    reviews = _other_reviews()
+    random.Random(seed).shuffle(reviews)
+    prose = calibration()[:400]
+    rows = [tokenizer.decode(ids) for ids, _ in _judged(model, tokenizer, reviews[: together * len(prose)], math.inf)]
+    random.Random(seed).shuffle(rows)  # they were sorted by length
+    groups = ("\n\n".join(rows[start : start + together]) for start in range(0, len(rows), together))
+    return [text for pair in zip(prose, groups, strict=True) for text in pair]
+
+
 def news(limit: int) -> list[str]:
     return [row["document"][:1500] for row in json_rows("XSum/test.jsonl")[:limit]]
 
@@ -71,8 +84,14 @@ def reviews(limit: int) -> list[dict]:
     return [{"text": text, "label": label} for label, texts in enumerate(_reviews()) for text in texts[: limit // 2]]
 
 
-def repair_batches(tokenizer, tokens: int, *, seed: int = 0, batch_tokens: int = 1024, length: int = 384) -> list[dict]:
-    """Batches of about that many tokens, rows of one length together; `labels` are the prose, which is also learnt as such."""
+def repair_batches(
+    model, tokenizer, tokens: int, *, seed: int = 0, batch_tokens: int = 1024, length: int = 384
+) -> list[dict]:
+    """Batches of about that many tokens, rows of one length together.
+
+    `labels` are what is also learnt as text: the prose, and the untouched model's own label of a review, which would hardly
+    count among the review's thirty tokens otherwise.
+    """
     draw = random.Random(seed)
     begin = tokenizer.bos_token_id
 
@@ -83,11 +102,12 @@ def repair_batches(tokenizer, tokens: int, *, seed: int = 0, batch_tokens: int =
 
     def prose(texts: Iterable[str]) -> Iterator[Row]:
         for text in texts:
-            yield [begin, *tokenizer(text[: 8 * length], verbose=False)["input_ids"][: length - 1]], True
+            yield [begin, *tokenizer(text[: 8 * length], verbose=False)["input_ids"][: length - 1]], 0
 
     def in_format(texts: Iterable[str]) -> Iterator[Row]:
         for text in texts:
-            yield tokenizer(text)["input_ids"][:length], False
+            ids = tokenizer(text)["input_ids"][:length]
+            yield ids, len(ids)
 
     def column(name: str, key: str) -> Iterator[Row]:
         return prose(shuffled(row[key] for row in json_rows(name)))
@@ -103,7 +123,7 @@ def repair_batches(tokenizer, tokens: int, *, seed: int = 0, batch_tokens: int =
         (0.03, prose(captions)),
         (0.11, in_format(shuffled(_other_goals()))),
         (0.04, in_format(shuffled(_other_questions()))),
-        (0.29, in_format(shuffled(_judged(draw)))),
+        (0.29, _judged(model, tokenizer, shuffled(_other_reviews()), 0.29 * tokens)),
     ]
     groups = [group for share, rows in parts for group in _groups(_up_to(rows, share * tokens), batch_tokens)]
     draw.shuffle(groups)
@@ -121,13 +141,26 @@ def _reviews() -> list[list[str]]:
     return [[row["text"] for row in rows if row["category"] == kind] for kind in ("rotten", "fresh")]
 
 
-def _judged(draw: random.Random) -> Iterator[str]:
+def _other_reviews() -> list[str]:
     kinds = _reviews()
     evaluated = {text for texts in kinds for text in texts[:HELD_OUT_REVIEWS]}
-    for texts in kinds:
-        for text in texts:
-            if text not in evaluated:
-                yield REVIEW.format(text=text) + draw.choice(LABELS)
+    return [text for texts in kinds for text in texts if text not in evaluated]
+
+
+@torch.no_grad()
+def _judged(model, tokenizer, texts: list[str], tokens: float) -> list[Row]:
+    """Reviews with the label that the model finds likelier."""
+    labels = [tokenizer(label)["input_ids"][-1] for label in LABELS]
+    rows = _up_to(
+        ((ids, len(ids)) for ids in tokenizer([REVIEW.format(text=text) for text in texts])["input_ids"]), tokens
+    )
+    judged = []
+    for group in _groups(rows, 4096):
+        batch = {name: value.to(model.device) for name, value in _batch(group).items() if name != "labels"}
+        last = batch["attention_mask"].sum(-1) - 1
+        found = model(**batch).logits[range(len(group)), last][:, labels].argmax(-1).tolist()
+        judged += [([*ids, labels[each]], end) for (ids, end), each in zip(group, found, strict=True)]
+    return judged
 
 
 def _long_reviews() -> list[str]:
@@ -179,5 +212,5 @@ def _batch(rows: list[Row]) -> dict[str, torch.Tensor]:
     return {
         "input_ids": padded((ids for ids, _ in rows), 0),
         "attention_mask": padded(([1] * len(ids) for ids, _ in rows), 0),
-        "labels": padded((ids if prose else [IGNORED] * len(ids) for ids, prose in rows), IGNORED),
+        "labels": padded(([IGNORED] * start + ids[start:] for ids, start in rows), IGNORED),
     }
