@@ -69,7 +69,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=7)
-    parser.add_argument("--rules", default=",".join(RULES))
+    parser.add_argument("--rules", default=",".join(RULES), help="block-13: from layer 13 on, by hand")
     parser.add_argument("--repairs", default="none,closed-form")
     parser.add_argument("--passages", type=int, default=200)
     parser.add_argument("--articles", type=int, default=60)
@@ -105,13 +105,16 @@ def main() -> None:
         if dense is None:
             copy = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=measured_in).eval()
             dense = measure(copy, tokenizer, asked)
-        by, _, seed = rule.partition("-") if rule.startswith("random") else (rule, "", "")
-        options = {"seed": int(seed)} if seed else {} if by in ("docs", "last") else {"max_tokens": 8192}
+        by, _, number = rule.partition("-") if rule.startswith(("random", "block")) else (rule, "", "")
         started = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-            plan = plan_pruning(
-                original, calibration()[:400], num_layers=asked.layers, by=by, tokenizer=tokenizer, **options
-            )
+        if by == "block":
+            plan = plan_pruning(original, remove=range(int(number), int(number) + asked.layers))
+        else:
+            options = {"seed": int(number)} if number else {} if by in ("docs", "last") else {"max_tokens": 8192}
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+                plan = plan_pruning(
+                    original, calibration()[:400], num_layers=asked.layers, by=by, tokenizer=tokenizer, **options
+                )
         to_choose = (time.process_time() - started) / 60
         for name in wanted:
             same = next((row for row in rows if row["removed"] == list(plan.remove) and row["repair"] == name), None)

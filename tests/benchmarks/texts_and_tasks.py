@@ -15,7 +15,6 @@ import bz2
 import csv
 import io
 import json
-import math
 import random
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -52,17 +51,6 @@ def passages(limit: int) -> list[str]:
 def calibration() -> list[str]:
     """The other half."""
     return embedded_texts()[::2]
-
-
-def mixed_calibration(model, tokenizer, *, seed: int = 0, together: int = 4) -> list[str]:
-    """Passages of that half and, in turn, a few reviews with the untouched model's labels: what layers are chosen by for both."""
-    reviews = _other_reviews()
-    random.Random(seed).shuffle(reviews)
-    prose = calibration()[:400]
-    rows = [tokenizer.decode(ids) for ids, _ in _judged(model, tokenizer, reviews[: together * len(prose)], math.inf)]
-    random.Random(seed).shuffle(rows)  # they were sorted by length
-    groups = ("\n\n".join(rows[start : start + together]) for start in range(0, len(rows), together))
-    return [text for pair in zip(prose, groups, strict=True) for text in pair]
 
 
 def news(limit: int) -> list[str]:
