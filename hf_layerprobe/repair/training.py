@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -21,6 +21,7 @@ from ..precision import gains_from_bfloat16
 from ..scores.loss import IGNORED, check_causal
 from ..stacks import LayerStack
 from ..stacks.bypass import hidden_output
+from .distillation import distillation_loss
 from .settings import Finetune, Lora
 
 # A layer of the teacher, and the student's layer that should give the same stream.
@@ -203,11 +204,12 @@ class _Healer(Trainer):
         if "logits" not in wanted:
             raise LayerProbeError(f"{type(self.teacher).__name__} has no logits to learn from; pass teacher=False.")
         counted = inputs.get("attention_mask")
-        loss = _divergence(wanted, outputs, counted)
+        learnt = None
         if self.settings.text_weight and self.causal:
             if labels is None:
                 labels = inputs["input_ids"] if counted is None else inputs["input_ids"].where(counted.bool(), IGNORED)
-            loss = loss + self.settings.text_weight * _next_token_loss(outputs.logits, labels)
+            learnt = pad(labels[:, 1:], (0, 1), value=IGNORED)
+        loss = distillation_loss(outputs.logits, wanted.logits, counted, learnt, self.settings.text_weight)
         if self.pairs:
             errors = [_relative_error(self._streams[t], self._streams[s], counted) for t, s in self.pairs]
             loss = loss + self.settings.hidden_weight * torch.stack(errors).mean()
@@ -220,25 +222,6 @@ def _predicts_next(model: PreTrainedModel) -> bool:
     except LayerProbeError:
         return False
     return True
-
-
-def _divergence(wanted: Any, found: Any, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean Kullback-Leibler divergence of what the logits say, from the teacher's."""
-    wanted, found = (each.logits.flatten(0, -2) for each in (wanted, found))
-    if mask is not None and mask.numel() == len(found):
-        wanted, found = (each[mask.flatten().bool()] for each in (wanted, found))
-    wanted = log_softmax(wanted.float(), dim=-1)
-    chances = wanted.exp()
-    # The entropy has no gradient, so the largest tensors are gone through once less.
-    return cross_entropy(found.float(), chances) + (chances * wanted).sum(-1).mean()
-
-
-def _next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean loss of the tokens that count; 0 where none does."""
-    labels = labels[:, 1:].flatten()
-    counted = labels != IGNORED
-    found = logits[:, :-1].flatten(0, 1)[counted].float()
-    return cross_entropy(found, labels[counted], reduction="sum") / counted.sum().clamp_min(1)
 
 
 def _relative_error(wanted: torch.Tensor, found: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
