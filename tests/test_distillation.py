@@ -73,3 +73,9 @@ def test_the_gradient_of_bfloat16_logits_is_theirs():
     assert gradient.dtype == torch.bfloat16
     usual(student, teacher, torch.ones(2, 40, dtype=torch.bool), labels, 0.5).backward()
     torch.testing.assert_close(gradient, student.grad, rtol=2e-2, atol=1e-5)
+
+
+def test_labels_for_other_rows_are_refused():
+    """A model that gives logits for some of its tokens only, say: the first labels would be taken for theirs."""
+    with pytest.raises(RuntimeError, match="shape"):
+        distillation_loss(logits(1, 2, 5, seed=0), logits(1, 2, 5, seed=1), labels=torch.zeros(1, 4, dtype=torch.long))

@@ -39,7 +39,7 @@ def distillation_loss(
     rows = torch.arange(len(student), device=student.device)
     if mask is not None and mask.numel() == len(student):
         rows = rows[mask.flatten().bool()]
-    labels = torch.full_like(rows, IGNORED) if labels is None else labels.flatten()[rows]
+    labels = torch.full_like(rows, IGNORED) if labels is None else labels.reshape(len(student))[rows]
     return _Distance.apply(student, teacher, rows, labels, text_weight)
 
 

