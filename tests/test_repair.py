@@ -384,3 +384,19 @@ def test_errors_are_relative_to_the_token():
     wanted[0, 0] *= 1000
     found = track.weights(wanted) * wanted.square().sum(-1)
     assert torch.allclose(found, batch["attention_mask"].float())
+
+
+def test_half_of_a_row_is_its_answer():
+    """Of 6 tokens the one before the answer has half the weight and its part of the other; a row without labels is even."""
+    labels = torch.full((3, 8), -100)
+    labels[0, 5], labels[2] = 7, 7
+    batch = {
+        "input_ids": torch.full((3, 8), 3),
+        "labels": labels,
+        "attention_mask": torch.ones((3, 8), dtype=torch.int64),
+    }
+    batch["attention_mask"][0, 6:] = 0
+    found = Track(resolve_stack(tiny_model("llama")), batch, {"use_cache": False}).weights(torch.ones(3, 8, 1))
+    assert found[0].tolist() == [0.5, 0.5, 0.5, 0.5, 3.5, 0.5, 0, 0]
+    assert found[1].tolist() == [1] * 8
+    assert torch.allclose(found.sum(-1), torch.tensor([6.0, 8, 8]))

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from ..activations.steps import Steps
 from ..activations.text import Batch
 from ..progress import progress
+from ..scores.loss import IGNORED
 from ..stacks import LayerStack
 from .least_squares import Normal, best_change
-from .losses import HeldOutLoss
+from .losses import HeldOutLoss, predicts_next
 from .sites import find_site
 
 # How much of a layer's change is tried.
@@ -29,11 +32,22 @@ class Track:
         self.batch = batch
         self.steps = Steps(original, batch, **fixed)
         self.target = self.stream = self.steps.start
+        self.emphasis = _emphasis(original.model, batch)
 
     def weights(self, wanted: torch.Tensor) -> torch.Tensor:
-        """Of each token, 1 / ‖wanted‖², so that errors are relative; 0 for padding, `[batch, tokens]`."""
-        weights = wanted.float().norm(dim=-1).clamp_min(1e-6) ** -2
+        """Of each token, 1 / ‖wanted‖² times its emphasis, so that errors are relative; 0 for padding, `[batch, tokens]`."""
+        weights = wanted.float().norm(dim=-1).clamp_min(1e-6) ** -2 * self.emphasis
         return weights if self.steps.mask is None else torch.where(self.steps.mask, weights, 0.0)
+
+
+def _emphasis(model: PreTrainedModel, batch: Batch) -> torch.Tensor | float:
+    """Half of a row's weight, spread over the tokens that predict its labels: an answer hardly counts in its row otherwise."""
+    if "labels" not in batch or not predicts_next(model):
+        return 1.0
+    labelled = pad(batch["labels"][:, 1:] != IGNORED, (0, 1)).to(model.device)
+    mask = batch.get("attention_mask", torch.ones_like(batch["labels"])).to(model.device)
+    tokens, labels = mask.sum(-1, keepdim=True), labelled.sum(-1, keepdim=True)
+    return torch.where(labels > 0, 0.5 + 0.5 * labelled * tokens / labels.clamp_min(1), 1.0)
 
 
 def fit(
@@ -50,7 +64,8 @@ def fit(
     layer of the pruned model, reading what the repaired layers before it wrote, is brought towards the stream that the
     original has after the layer in its place and the removed ones behind it. Errors are relative to the token's stream, so
     that the few massive tokens neither own the squared error nor go unseen: without them, a fit is free to break what all
-    others attend to. Each channel is refitted with a ridge, only rescaled (as LinearPatch does at the cut) or left alone,
+    others attend to. Where a causal language model's batches have labels, the tokens that predict them have half of their row's
+    weight. Each channel is refitted with a ridge, only rescaled (as LinearPatch does at the cut) or left alone,
     whichever leaves the least error on the held-out batches. A layer's change is then taken whole, in part, or not at all,
     whichever gives the least loss on the first of those.
 

@@ -17,6 +17,15 @@ from ..scores.loss import IGNORED, check_causal, summed_loss
 LABELS, NEXT, DISTANCE = "labels", "next token", "distance to the original"
 
 
+def predicts_next(model: PreTrainedModel) -> bool:
+    """Whether it is a causal language model."""
+    try:
+        check_causal(model)
+    except LayerProbeError:
+        return False
+    return True
+
+
 class HeldOutLoss:
     """The loss that has to fall for a repair to be kept.
 
@@ -38,11 +47,7 @@ class HeldOutLoss:
         if all("labels" in batch for batch in batches):
             self.name = LABELS
             return
-        self.name = NEXT
-        try:
-            check_causal(original)
-        except LayerProbeError:
-            self.name = DISTANCE
+        self.name = NEXT if predicts_next(original) else DISTANCE
 
     def of(self, model: PreTrainedModel) -> float:
         """Mean loss of a model."""

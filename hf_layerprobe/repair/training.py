@@ -18,10 +18,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..activations.text import Batch
 from ..errors import LayerProbeError
 from ..precision import gains_from_bfloat16
-from ..scores.loss import IGNORED, check_causal
+from ..scores.loss import IGNORED
 from ..stacks import LayerStack
 from ..stacks.bypass import hidden_output
 from .distillation import distillation_loss
+from .losses import predicts_next
 from .settings import Finetune, Lora
 
 # A layer of the teacher, and the student's layer that should give the same stream.
@@ -173,7 +174,7 @@ class _Healer(Trainer):
         super().__init__(*args, **options)
         self.teacher, self.settings = teacher, settings
         self.pairs = pairs if teacher is not None and settings.hidden_weight > 0 else ()
-        self.causal = teacher is not None and _predicts_next(teacher)
+        self.causal = teacher is not None and predicts_next(teacher)
         self.model_accepts_loss_kwargs = False  # the loss is a mean already
         self._streams: dict[nn.Module, torch.Tensor] = {}
         self._watching = [layer.register_forward_hook(self._note) for pair in self.pairs for layer in pair]
@@ -214,14 +215,6 @@ class _Healer(Trainer):
             errors = [_relative_error(self._streams[t], self._streams[s], counted) for t, s in self.pairs]
             loss = loss + self.settings.hidden_weight * torch.stack(errors).mean()
         return (loss, outputs) if return_outputs else loss
-
-
-def _predicts_next(model: PreTrainedModel) -> bool:
-    try:
-        check_causal(model)
-    except LayerProbeError:
-        return False
-    return True
 
 
 def _relative_error(wanted: torch.Tensor, found: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -52,6 +52,12 @@ def measure(model, tokenizer, sizes, dense=None) -> dict:
     }  # fmt: skip
 
 
+def by_hand(rule: str) -> list[int]:
+    """The layers that are written out, ends included: `14-19+26`."""
+    ends = [part.split("-") for part in rule.split("+")]
+    return [layer for each in ends for layer in range(int(each[0]), int(each[-1]) + 1)]
+
+
 def table(rows: list[dict]) -> str:
     lines = [
         "| rule | repair | layers removed | bits/byte | news | PIQA | sentiment | minutes |",
@@ -69,7 +75,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=7)
-    parser.add_argument("--rules", default=",".join(RULES), help="block-13: from layer 13 on, by hand")
+    parser.add_argument("--rules", default=",".join(RULES), help="or layers chosen by hand: 13-19, 14-19+26")
     parser.add_argument("--repairs", default="none,closed-form")
     parser.add_argument("--passages", type=int, default=200)
     parser.add_argument("--articles", type=int, default=60)
@@ -105,10 +111,10 @@ def main() -> None:
         if dense is None:
             copy = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=measured_in).eval()
             dense = measure(copy, tokenizer, asked)
-        by, _, number = rule.partition("-") if rule.startswith(("random", "block")) else (rule, "", "")
+        by, _, number = rule.partition("-") if rule.startswith("random") else (rule, "", "")
         started = time.perf_counter()
-        if by == "block":
-            plan = plan_pruning(original, remove=range(int(number), int(number) + asked.layers))
+        if rule[0].isdigit():
+            plan = plan_pruning(original, remove=by_hand(rule))
         else:
             options = {"seed": int(number)} if number else {} if by in ("docs", "last") else {"max_tokens": 8192}
             with torch.autocast("cpu", torch.bfloat16, enabled=fast):
