@@ -32,22 +32,21 @@ class Track:
         self.batch = batch
         self.steps = Steps(original, batch, **fixed)
         self.target = self.stream = self.steps.start
-        self.emphasis = _emphasis(original.model, batch)
+        self.emphasis = self._emphasis(original.model)
 
     def weights(self, wanted: torch.Tensor) -> torch.Tensor:
         """Of each token, 1 / ‖wanted‖² times its emphasis, so that errors are relative; 0 for padding, `[batch, tokens]`."""
         weights = wanted.float().norm(dim=-1).clamp_min(1e-6) ** -2 * self.emphasis
         return weights if self.steps.mask is None else torch.where(self.steps.mask, weights, 0.0)
 
-
-def _emphasis(model: PreTrainedModel, batch: Batch) -> torch.Tensor | float:
-    """Half of a row's weight, spread over the tokens that predict its labels: an answer hardly counts in its row otherwise."""
-    if "labels" not in batch or not predicts_next(model):
-        return 1.0
-    labelled = pad(batch["labels"][:, 1:] != IGNORED, (0, 1)).to(model.device)
-    mask = batch.get("attention_mask", torch.ones_like(batch["labels"])).to(model.device)
-    tokens, labels = mask.sum(-1, keepdim=True), labelled.sum(-1, keepdim=True)
-    return torch.where(labels > 0, 0.5 + 0.5 * labelled * tokens / labels.clamp_min(1), 1.0)
+    def _emphasis(self, model: PreTrainedModel) -> torch.Tensor | float:
+        """Half of a row's weight, spread over the tokens that predict its labels: an answer hardly counts otherwise."""
+        if "labels" not in self.batch or not predicts_next(model):
+            return 1.0
+        labelled = pad(self.batch["labels"][:, 1:] != IGNORED, (0, 1)).to(model.device)
+        tokens = labelled.shape[1] if self.steps.mask is None else self.steps.mask.sum(-1, keepdim=True)
+        labels = labelled.sum(-1, keepdim=True)
+        return torch.where(labels > 0, 0.5 + 0.5 * labelled * tokens / labels.clamp_min(1), 1.0)
 
 
 def fit(
