@@ -140,7 +140,7 @@ def test_auto_measures_causal_models_only():
 
 
 def test_unknown_rule():
-    with pytest.raises(LayerProbeError, match=r"Unknown score 'lasst'\. Did you mean 'last'"):
+    with pytest.raises(LayerProbeError, match=r"Unknown rule by='lasst'\. Did you mean 'last'"):
         plan_pruning(tiny_model("llama"), num_layers=1, by="lasst")
 
 

@@ -63,11 +63,11 @@ class Score:
                 known = (
                     f"can be measured at {', '.join(map(repr, self.sites))}" if self.sites else "has no choice of sites"
                 )
-                raise LayerProbeError(f"{self.name} {known}, not at {value!r}.{_nearest(str(value), self.sites)}")
+                raise LayerProbeError(f"{self.name} {known}, not at {value!r}.{nearest(str(value), self.sites)}")
             if option not in names:
                 known = ", ".join(names) or "it has none"
                 raise LayerProbeError(
-                    f"{self.name} has no option {option!r}.{_nearest(option, [*names, *others])} Its options: {known}."
+                    f"{self.name} has no option {option!r}.{nearest(option, [*names, *others])} Its options: {known}."
                 )
 
 
@@ -90,11 +90,12 @@ def get_score(name: str) -> Score:
     """
     if name not in SCORES:
         raise LayerProbeError(
-            f"Unknown score {name!r}.{_nearest(str(name), SCORES)} Registered: {', '.join(sorted(SCORES))}."
+            f"Unknown score {name!r}.{nearest(str(name), SCORES)} Registered: {', '.join(sorted(SCORES))}."
         )
     return SCORES[name]
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The nearest of the names as a hint, for an error; empty where none is near."""
     near = difflib.get_close_matches(name, names, n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

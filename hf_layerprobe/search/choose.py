@@ -18,7 +18,8 @@ from ..scores import LayerScores, score_layers
 from ..scores.combined import NAME as COMBINED
 from ..scores.combined import PARTS, combined
 from ..scores.loss import check_causal
-from ..scores.registry import get_score
+from ..scores.registry import SCORES, get_score, nearest
+from ..scores.run import ALIASES
 from ..stacks import LayerStack
 from ..stacks.admissible import can_go, first_admissible, least_worth
 from .losses import SetLosses
@@ -64,6 +65,9 @@ class Choice:
 
 def choose(stack: LayerStack, data: Any, number: int, by: str, tokenizer, options: dict[str, Any]) -> Choice:
     """The `number` layers that a rule would remove; see [`plan_pruning`] for the arguments."""
+    choices = ("auto", COMBINED, *RULES, *ALIASES, *sorted(SCORES))
+    if by not in choices:
+        raise LayerProbeError(f"Unknown rule by={by!r}.{nearest(by, choices)} Expected one of {', '.join(choices)}.")
     if by == "auto":
         return _auto(stack, data, number, tokenizer, options)
     if by in RULES:

@@ -16,7 +16,18 @@ import time
 from pathlib import Path
 
 import torch
-from texts_and_tasks import LABELS, QUESTION, REVIEW, calibration, news, passages, questions, repair_batches, reviews
+from texts_and_tasks import (
+    LABELS,
+    QUESTION,
+    REVIEW,
+    calibration,
+    fresh_reviews,
+    news,
+    passages,
+    questions,
+    repair_batches,
+    reviews,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_layerprobe import evaluate_choices, evaluate_model, measure_speed, plan_pruning, prune_layers
@@ -34,7 +45,6 @@ TASKS = ("wikipedia", "news", "piqa", "sentiment")
 def measure(model, tokenizer, sizes, dense=None) -> dict:
     """The four comparisons; without a dense model's, those of the dense model alone."""
     known = dense or {}
-    common = dict(tokenizer=tokenizer, batch_size=32, answer="label")
     before = {task: known[task].after if dense else None for task in TASKS}
     return {
         "wikipedia": evaluate_model(
@@ -43,13 +53,17 @@ def measure(model, tokenizer, sizes, dense=None) -> dict:
         "news": evaluate_model(model, news(sizes.articles), tokenizer=tokenizer, baseline=before["news"]),
         "piqa": evaluate_choices(
             model, questions(sizes.questions), prompt=QUESTION, choices="options", baseline=before["piqa"], name="PIQA",
-            **common,
+            tokenizer=tokenizer, batch_size=32, answer="label",
         ),
-        "sentiment": evaluate_choices(
-            model, reviews(sizes.reviews), prompt=REVIEW, choices=LABELS, baseline=before["sentiment"],
-            name="Rotten Tomatoes", **common,
-        ),
+        "sentiment": sentiment(model, reviews(sizes.reviews), tokenizer, before["sentiment"]),
     }  # fmt: skip
+
+
+def sentiment(model, items: list[dict], tokenizer, baseline=None):
+    return evaluate_choices(
+        model, items, prompt=REVIEW, choices=LABELS, baseline=baseline, name="Rotten Tomatoes",
+        tokenizer=tokenizer, batch_size=32, answer="label",
+    )  # fmt: skip
 
 
 def by_hand(rule: str) -> list[int]:
@@ -81,6 +95,7 @@ def main() -> None:
     parser.add_argument("--articles", type=int, default=60)
     parser.add_argument("--questions", type=int, default=1500)
     parser.add_argument("--reviews", type=int, default=1000)
+    parser.add_argument("--fresh-reviews", type=int, default=0, help="also measure on so many that no choice looked at")
     parser.add_argument("--tokens", type=int, default=ClosedForm.max_tokens, help="of the closed-form repair")
     parser.add_argument("--healing-tokens", type=int, default=Finetune.max_tokens)
     parser.add_argument(
@@ -143,6 +158,9 @@ def main() -> None:
             to_repair = (time.perf_counter() - started) / 60
             speed = measure_speed(pruned, baseline=original).ratios if asked.speed else None
             found = measure(pruned.to(measured_in), tokenizer, asked, dense)
+            if asked.fresh_reviews:
+                items = fresh_reviews(asked.fresh_reviews, data or (), tokenizer)
+                found["fresh_sentiment"] = sentiment(pruned, items, tokenizer, sentiment(copy, items, tokenizer).after)
             row = {
                 "layers": asked.layers, "rule": rule, "repair": name, "removed": plan.remove, "tokens": tokens,
                 "minutes_to_choose": to_choose, "minutes_to_repair": to_repair, "speed": speed, **{task: each.to_dict() for task, each in found.items()},

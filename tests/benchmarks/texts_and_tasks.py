@@ -20,6 +20,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -80,6 +81,22 @@ def reviews(limit: int) -> list[dict]:
     return [{"text": text, "label": label} for label, texts in enumerate(_reviews()) for text in texts[: limit // 2]]
 
 
+def fresh_reviews(limit: int, batches: Iterable[dict], tokenizer) -> list[dict]:
+    """As many rotten as fresh, of those that are neither among the measured ones nor in these batches."""
+    rows = [
+        row[mask.bool()]
+        for batch in batches
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    read = {text.removesuffix(label) for text in tokenizer.batch_decode(rows) for label in LABELS}
+    items = []
+    for label, texts in enumerate(_other_reviews()):
+        unread = [text for text in dict.fromkeys(texts) if REVIEW.format(text=text) not in read]
+        random.Random(0).shuffle(unread)
+        items += [{"text": text, "label": label} for text in unread[: limit // 2]]
+    return items
+
+
 def repair_batches(
     model, tokenizer, tokens: int, *, seed: int = 0, batch_tokens: int = 1024, length: int = 384
 ) -> list[dict]:
@@ -121,7 +138,7 @@ def repair_batches(
         (0.03, prose(captions)),
         (0.10, in_format(shuffled(_other_goals()))),
         (0.03, in_format(shuffled(_other_questions()))),
-        (0.16, _judged(model, tokenizer, shuffled(_other_reviews()), 0.16 * tokens)),
+        (0.16, _judged(model, tokenizer, shuffled(chain(*_other_reviews())), 0.16 * tokens)),
     ]
     groups = [group for share, rows in parts for group in _groups(_up_to(rows, share * tokens), batch_tokens)]
     draw.shuffle(groups)
@@ -139,26 +156,31 @@ def _reviews() -> list[list[str]]:
     return [[row["text"] for row in rows if row["category"] == kind] for kind in ("rotten", "fresh")]
 
 
-def _other_reviews() -> list[str]:
+def _other_reviews() -> list[list[str]]:
     kinds = _reviews()
     evaluated = {text for texts in kinds for text in texts[:HELD_OUT_REVIEWS]}
-    return [text for texts in kinds for text in texts if text not in evaluated]
+    return [[text for text in texts if text not in evaluated] for texts in kinds]
 
 
 @torch.no_grad()
 def _judged(model, tokenizer, texts: list[str], tokens: float) -> list[Row]:
-    """Reviews with the label that the model finds likelier."""
+    """Reviews with the label that the model finds likelier, as many of each: of one that is commoner, a student first learns
+    that it is."""
     labels = [tokenizer(label)["input_ids"][-1] for label in LABELS]
+    # Half as many again, since those of the commoner label are left over.
     rows = _up_to(
-        ((ids, len(ids)) for ids in tokenizer([REVIEW.format(text=text) for text in texts])["input_ids"]), tokens
+        ((ids, len(ids)) for ids in tokenizer([REVIEW.format(text=text) for text in texts])["input_ids"]), 1.5 * tokens
     )
-    judged = []
+    judged = [[], []]
     for group in _groups(rows, 4096):
         batch = {name: value.to(model.device) for name, value in _batch(group).items() if name != "labels"}
         last = batch["attention_mask"].sum(-1) - 1
         found = model(**batch).logits[range(len(group)), last][:, labels].argmax(-1).tolist()
-        judged += [([*ids, labels[each]], end) for (ids, end), each in zip(group, found, strict=True)]
-    return judged
+        for (ids, end), each in zip(group, found, strict=True):
+            judged[each].append(([*ids, labels[each]], end))
+    least = min(map(len, judged))
+    even = (rows[number * len(rows) // least] for rows in judged for number in range(least))
+    return sorted(even, key=lambda row: len(row[0]))
 
 
 def _long_reviews() -> list[str]:
