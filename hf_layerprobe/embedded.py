@@ -43,9 +43,13 @@ def embedded_model() -> Path:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
     tokenizer = _tokenizer(file, model.config)
-    with new_folder(target) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    try:
+        with new_folder(target) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except (LayerProbeError, OSError):
+        if not (target / "config.json").is_file():
+            raise  # else another process was faster
     return target
 
 

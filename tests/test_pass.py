@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_token_masks import Blocks, lengths_mask
-from tiny import tiny_model
+from tiny import GQA, redrawn, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_layerprobe import LayerProbeError, avss, find_stacks, score_layers
@@ -110,7 +111,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 from accelerate import Accelerator
 from test_pass import SHAREABLE, loader_of
-from tiny import tiny_model
+from tiny import GQA, redrawn, tiny_model
 from hf_layerprobe import score_layers
 accelerator = Accelerator(cpu=True)
 for rows in (8, 7):
@@ -211,6 +212,33 @@ def test_batches_order_and_padding_do_not_matter(lengths, dtype, seed, padding):
     np.testing.assert_allclose(details["variance"], y.var(), rtol=1e-9)
     cosines = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
     np.testing.assert_allclose(whole["influence"].compute()[0], 1 - cosines.mean(), rtol=1e-5, atol=1e-9)
+
+
+def test_one_logit_a_sequence_is_made(token_batches):
+    """Nobody reads them; with labels, the model's own loss does."""
+    model = tiny_model("llama")
+    made = []
+    model.lm_head.register_forward_hook(lambda _m, _a, logits: made.append(logits.shape[1]))
+    expected = score_layers(model, [{**batch, "labels": batch["input_ids"]} for batch in token_batches], by="avss")
+    assert made == [batch["input_ids"].shape[1] for batch in token_batches]
+    made.clear()
+    assert score_layers(model, token_batches, by="avss").values.tolist() == expected.values.tolist()
+    assert made == [1, 1, 1]
+
+
+@pytest.mark.model_type("gemma4_text")
+def test_every_token_reaches_layers_that_share_keys(token_batches):
+    """Told a number of logits, Gemma 4 takes only so many tokens through the last of its layers."""
+    config = tf.Gemma4TextConfig(
+        **GQA, head_dim=8, global_head_dim=8, hidden_size_per_layer_input=4, vocab_size_per_layer_input=64,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    model = redrawn(tf.Gemma4ForCausalLM(config))
+    tokens = {}
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda _m, _a, out, i=index: tokens.setdefault(i, []).append(out.shape[1]))
+    score_layers(model, token_batches, by="avss")
+    assert [tokens[i] for i in range(4)] == [[batch["input_ids"].shape[1] for batch in token_batches]] * 4
 
 
 def test_a_large_mean_costs_no_precision():

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from hf_layerprobe import LayerProbeError, PruningPlan, plan_pruning, prune_layers
 from hf_layerprobe.repair import ClosedForm, Finetune, Lora, repair_model
 from hf_layerprobe.repair.closed_form import Track
+from hf_layerprobe.repair.healer import teacher_map
 from hf_layerprobe.repair.least_squares import Normal, best_change
 from hf_layerprobe.repair.losses import HeldOutLoss
 from hf_layerprobe.repair.sites import Site
-from hf_layerprobe.repair.training import teacher_map
 from hf_layerprobe.stacks import resolve_stack
 
 
@@ -209,7 +209,7 @@ def test_repair_from_texts():
 
 
 def healing(**changes):
-    return dict(steps=6, learning_rate=5e-3, max_length=24, **changes)
+    return {"steps": 6, "learning_rate": 5e-3, "max_length": 24, **changes}
 
 
 @pytest.mark.parametrize("settings", [Lora(**healing(rank=4)), Finetune(**healing()), Lora(**healing(teacher=False))])
@@ -298,8 +298,8 @@ def test_training_stops_in_time_and_resumes(tmp_path):
     settings = healing(output_dir=str(saved), arguments={"save_steps": 3, "seed": 3})
     found = repair_model(pruned, model, [0, 2, 3], data, repair=Finetune(**settings))
     assert str(tmp_path) not in json.dumps(found)  # it goes into the plan, which may be pushed
-    assert (saved / "checkpoint-3").is_dir()
-    shutil.rmtree(saved / "checkpoint-6")
+    assert (saved / "model.layers" / "checkpoint-3").is_dir()
+    shutil.rmtree(saved / "model.layers" / "checkpoint-6")
     again = prune_layers(model, remove=[1])
     repair_model(again, model, [0, 2, 3], data, repair=Finetune(**settings))
     for name, tensor in weights(pruned).items():
@@ -379,7 +379,7 @@ def test_training_is_the_same_under_a_callers_autocast(settings):
 def test_errors_are_relative_to_the_token():
     """A token a thousand times as long as the others counts like them, and padding not at all."""
     batch = {"input_ids": torch.arange(3, 11)[None], "attention_mask": torch.tensor([[1] * 6 + [0] * 2])}
-    track = Track(resolve_stack(tiny_model("llama")), batch, {"use_cache": False})
+    track = Track(resolve_stack(tiny_model("llama")), batch)
     wanted = torch.randn((1, 8, 5), generator=torch.Generator().manual_seed(0))
     wanted[0, 0] *= 1000
     found = track.weights(wanted) * wanted.square().sum(-1)
@@ -396,7 +396,7 @@ def test_half_of_a_row_is_its_answer():
         "attention_mask": torch.ones((3, 8), dtype=torch.int64),
     }
     batch["attention_mask"][0, 6:] = 0
-    found = Track(resolve_stack(tiny_model("llama")), batch, {"use_cache": False}).weights(torch.ones(3, 8, 1))
+    found = Track(resolve_stack(tiny_model("llama")), batch).weights(torch.ones(3, 8, 1))
     assert found[0].tolist() == [0.5, 0.5, 0.5, 0.5, 3.5, 0.5, 0, 0]
     assert found[1].tolist() == [1] * 8
     assert torch.allclose(found.sum(-1), torch.tensor([6.0, 8, 8]))

@@ -95,9 +95,9 @@ def test_sublayers(family, token_batches):
     between = [
         [x + a for x, a in zip(*pair, strict=True)] for pair in zip(inputs, recordings["attention"], strict=True)
     ]
-    np.testing.assert_allclose(
-        found["influence-mlp"].values, oracles.sublayer_influence(between, recordings["mlp"], masks), rtol=1e-5
-    )
+    # Mixtral's experts turn the stream by 5e-4 here, 1 - cos = 1e-7; its rounding, 6e-8, moves that by 3e-11.
+    mlp = oracles.sublayer_influence(between, recordings["mlp"], masks)
+    np.testing.assert_allclose(found["influence-mlp"].values, mlp, rtol=1e-5, atol=3e-11)
     rough = score_layers(model.bfloat16(), token_batches, by="influence-mlp")
     np.testing.assert_allclose(rough.values, found["influence-mlp"].values, rtol=0.1)
 

@@ -20,6 +20,7 @@ from hf_layerprobe import (
 )
 from hf_layerprobe.evaluation import TaskComparison, TaskResult
 from hf_layerprobe.evaluation.intervals import resampled_ratio, share_interval
+from hf_layerprobe.evaluation.likelihood import losses
 
 WORDS = ("dog", "cat", "a fox", "the house", "red", "green tea")
 LETTERS = np.random.default_rng(0).choice(list("abcdefgh"), size=(24, 3, 6))
@@ -79,6 +80,33 @@ def test_likelihoods_are_those_of_the_tokens(models):
         model, ROWS, tokenizer=tokenizer, prompt="{goal}", choices="options", answer=lambda row: right[ROWS.index(row)]
     )
     assert found.value == 1 and found.after.interval[0] < 1
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+@pytest.mark.parametrize("partial", [True, False], ids=["some logits", "all logits"])
+def test_only_logits_that_are_read_are_made(family, partial):
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    if not partial:  # a model that cannot leave any out
+        forward = model.forward
+        model.forward = lambda input_ids, attention_mask, use_cache: forward(input_ids, attention_mask)
+    tokens = [
+        (tokenizer(row["goal"])["input_ids"], tokenizer(each)["input_ids"]) for row in ROWS for each in row["options"]
+    ]
+    requests = [((before + choice)[:-1], choice) for before, choice in tokens]
+    made = []
+    head = model.get_output_embeddings().register_forward_hook(
+        lambda _m, _a, logits: made.append(logits[..., 0].numel())
+    )
+    found = losses(model, requests, batch_size=5, desc="")
+    head.remove()
+    assert (sum(made) < sum(len(read) for read, _ in requests)) == partial
+    for (read, wanted), value in zip(requests, found, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([read]), attention_mask=None, use_cache=False).logits[
+                0, -len(wanted) :
+            ]
+        expected = torch.nn.functional.cross_entropy(logits.double(), torch.tensor(wanted), reduction="sum").item()
+        assert value == pytest.approx(expected, rel=1e-5)
 
 
 def test_labels_share_one_pass(models):

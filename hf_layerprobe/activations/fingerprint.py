@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import LayerProbeError
+from ..stacks import LayerStack
 from .text import Batch
 
 
@@ -42,6 +43,19 @@ class Fingerprint:
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
+
+
+def digest(stack: LayerStack, batches: Iterable[Batch]) -> str:
+    """SHA-256 of a stack's place, the first values of each tensor of its model, and all batches: what the files that a later
+    run goes on from belong to."""
+    found = hashlib.sha256(f"{type(stack.model).__name__} {stack.path} {stack.num_layers}".encode())
+    for parameter in stack.model.parameters():
+        found.update(repr(parameter.flatten()[:4].tolist()).encode())
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            found.update(f"{name} {list(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def used_text(rows: Iterable[Batch], model: nn.Module) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from ..stacks import LayerStack
 from .checks import FiniteOutputs, Vocabulary
 from .data import check_positive
 from .fingerprint import Fingerprint
+from .forward import one_logit, without_cache
 from .processes import add_up, joined
 from .state import Resumable, Sum
 from .stream import Accumulator, LayerStream
@@ -43,7 +43,7 @@ def run_pass(
     own_runs: Sequence[OwnRuns] = (),
     share: bool = False,
 ) -> dict[str, Any]:
-    """Runs the model over the data in eval mode, without gradients and without a cache.
+    """Runs the model over the data in eval mode, without gradients, a cache, and logits that nobody reads.
 
     Args:
         stack: The layers to watch; its model is run, and its modules are left in the modes they were in.
@@ -70,8 +70,7 @@ def run_pass(
             f"{type(model).__name__} has weights on the meta device (offloaded, or built without weights); load it into "
             "memory before computing activation scores."
         )
-    accepted = inspect.signature(model.forward).parameters
-    fixed = {"use_cache": False} if "use_cache" in accepted else {}
+    fixed = without_cache(model)
     count = TokenCount()
     fingerprint = Fingerprint(model)
     finite, vocabulary = FiniteOutputs(stack.num_layers), Vocabulary(model)
@@ -84,7 +83,7 @@ def run_pass(
             fingerprint.update(batch)
             vocabulary.check(batch, index)
             inputs = {name: value.to(model.device) for name, value in batch.items()}
-            model(**inputs, **fixed)
+            model(**inputs, **fixed, **one_logit(model, inputs))
             if own_runs:  # which nobody else may watch
                 stream.close()
                 for each in own_runs:

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import LayerProbeError
 from ..stacks import LayerStack
 from ..stacks.bypass import hidden_input, hidden_output
+from .forward import one_logit, without_cache
 from .masks import TokenMasks
 
 
@@ -30,12 +31,12 @@ class Steps:
         LayerProbeError: The model does something to the stream between its layers, so they cannot be run alone.
     """
 
-    def __init__(self, stack: LayerStack, batch: Mapping[str, torch.Tensor], **fixed: Any):
+    def __init__(self, stack: LayerStack, batch: Mapping[str, torch.Tensor]):
         self._stack = stack
         self._calls: list[tuple[tuple, dict]] = []
         self._tails: list[tuple | None] = []
         inputs = {name: value.to(stack.model.device) for name, value in batch.items()}
-        self._inputs = {**inputs, **fixed}
+        self._inputs = {**inputs, **without_cache(stack.model)}
         masks = TokenMasks(stack)
         masks.begin((), inputs)
         written: torch.Tensor | None = None
@@ -60,7 +61,7 @@ class Steps:
             for index, layer in enumerate(stack.layers)
         ]
         try:
-            stack.model(**self._inputs)
+            stack.model(**self._inputs, **one_logit(stack.model, inputs))
         finally:
             for handle in handles:
                 handle.remove()

@@ -125,10 +125,13 @@ def prune(
     """
     from .. import PruningPlan, prune_layers
     from ..files import check_new_folder, new_folder
+    from ..repair import repair_config
     from .inputs import halves, note_on, open_model, read_texts
     from .outputs import number, ranges, show_json, show_table
 
     check_new_folder(output)
+    if repair is not None:
+        repair_config(repair)
     if plan_file is not None:
         ignored = ["by", "ratio", "num_layers", "remove", "keep", "stack"]
         if max_loss_increase is None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ..activations.forward import kept_logits
 from ..errors import LayerProbeError
 from ..modes import evaluating
 from ..progress import progress
@@ -33,11 +34,17 @@ def losses(model: PreTrainedModel, requests: Sequence[Request], *, batch_size: i
             length = len(group[0])
             ids = torch.tensor([[*read, *[0] * (length - len(read))] for read in group])
             mask = torch.tensor([[1] * len(read) + [0] * (length - len(read)) for read in group])
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+            earliest = min(len(read) - len(requests[index][1]) for read in group for index in readers[read])
+            logits = model(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False,
+                **kept_logits(model, length - earliest),
+            ).logits  # fmt: skip
+            skipped = length - logits.shape[1]
             for row, read in enumerate(group):
                 for index in readers[read]:
                     wanted = torch.tensor(requests[index][1], device=logits.device)
-                    kept = logits[row, len(read) - len(wanted) : len(read)]
+                    end = len(read) - skipped
+                    kept = logits[row, end - len(wanted) : end]
                     found[index] = summed_loss(kept[None], wanted[None]).item()
     return found
 

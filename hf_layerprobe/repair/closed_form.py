@@ -28,9 +28,9 @@ JUDGED = 4096
 class Track:
     """One batch in both models: the original's stream, and the pruned model's at the same depth."""
 
-    def __init__(self, original: LayerStack, batch: Batch, fixed: dict[str, Any]):
+    def __init__(self, original: LayerStack, batch: Batch):
         self.batch = batch
-        self.steps = Steps(original, batch, **fixed)
+        self.steps = Steps(original, batch)
         self.target = self.stream = self.steps.start
         self.emphasis = self._emphasis(original.model)
 
@@ -55,7 +55,6 @@ def fit(
     keep: Sequence[int],
     fitted: Sequence[Batch],
     loss: HeldOutLoss,
-    fixed: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Fits, in depth order, the `down` matrix of every layer from the one before the first cut on.
 
@@ -74,7 +73,6 @@ def fit(
         keep: The original's layers in it.
         fitted: Batches to fit on.
         loss: What is measured, and the held-out batches to choose by: ridges by all of them, steps by the first few.
-        fixed: Further arguments of the original's forward pass.
 
     Returns:
         One entry a layer that was changed: its index in the original, the part of the change that was taken, the share of the
@@ -83,7 +81,7 @@ def fit(
     Raises:
         LayerProbeError: Layers that cannot be run one at a time, or whose last matrix is not simply added.
     """
-    parts = [[Track(original, batch, fixed) for batch in batches] for batches in (fitted, loss.batches)]
+    parts = [[Track(original, batch) for batch in batches] for batches in (fitted, loss.batches)]
     tracks = [track for part in parts for track in part]
     judges = parts[1][: len(first(loss.batches, JUDGED))]
     wanted_outputs = [loss.wanted(track.batch) for track in judges]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..activations.text import Batch
 from ..errors import LayerProbeError
 from ..modes import evaluating
-from ..scores.loss import IGNORED, check_causal, summed_loss
+from ..scores.loss import IGNORED, check_causal, next_tokens, summed_loss
 
 LABELS, NEXT, DISTANCE = "labels", "next token", "distance to the original"
 
@@ -26,12 +26,23 @@ def predicts_next(model: PreTrainedModel) -> bool:
     return True
 
 
+def counted(batch: Batch, model: PreTrainedModel) -> torch.Tensor | None:
+    """Which rows of a model's output are no padding, `[batch, tokens]`; None for all. Of two sequences, the decoder's is answered."""
+    return batch.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+
+
+def value_errors(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Squared errors of single values (a reward, a regression), relative to the mean square of what is wanted, `[...]`."""
+    wanted, found = wanted.float().squeeze(-1), found.float().squeeze(-1)
+    return (found - wanted).square() / wanted.square().mean().clamp_min(1e-6)
+
+
 class HeldOutLoss:
     """The loss that has to fall for a repair to be kept.
 
     With labels in the batches, the model's own loss; for causal language models the next-token loss; for any other model
     the distance of its outputs from the original's: the Kullback-Leibler divergence of what its logits say, or the
-    relative squared error of its hidden states.
+    relative squared error of its hidden states, or of its values where it has one output.
 
     Args:
         original: The untouched model.
@@ -78,17 +89,17 @@ class HeldOutLoss:
             count = int((batch["labels"] != IGNORED).sum())
             return found.loss.item() * count if count else 0.0, count
         if self.name == NEXT:
-            ids = batch["input_ids"]
-            mask = batch.get("attention_mask", torch.ones_like(ids))
-            labels = torch.where(mask[:, 1:].bool(), ids[:, 1:], IGNORED).to(found.logits.device)
+            labels = next_tokens(batch).to(found.logits.device)
             return summed_loss(found.logits[:, :-1], labels).item(), int((labels != IGNORED).sum())
-        if "logits" in found:
-            wanted, found = (log_softmax(each.logits.float(), dim=-1) for each in (wanted, found))
-            distances = (wanted.exp() * (wanted - found)).sum(-1)
-        else:
+        if "logits" not in found:
             wanted, found = (each[0].float() for each in (wanted, found))
             distances = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
-        mask = batch.get("attention_mask")
+        elif found.logits.shape[-1] == 1:
+            distances = value_errors(found.logits, wanted.logits)
+        else:
+            wanted, found = (log_softmax(each.logits.float(), dim=-1) for each in (wanted, found))
+            distances = (wanted.exp() * (wanted - found)).sum(-1)
+        mask = counted(batch, self.original)
         if mask is not None and mask.shape == distances.shape:
             distances = distances[mask.bool().to(distances.device)]
         return distances.sum().item(), distances.numel()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import ceil
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from ..errors import LayerProbeError
 from ..modes import evaluating
 from ..stacks import LayerStack, resolve_stack
 from . import closed_form
+from .checkpoints import check_training, checkpoint_folder
+from .healer import teacher_map
 from .losses import HeldOutLoss
 from .settings import ClosedForm, Repair, repair_config
-from .training import teacher_map, train
+from .training import train
 
 logger = logging.get_logger(__name__)
 # One batch in so many is not fitted to: choices are made on it, and whether the repair is kept.
@@ -103,6 +105,9 @@ def repair_model(
 def _repair(before, after, keep, fitted, settings, loss, losses, report, plain) -> bool:
     """Whether anything was kept; `losses` and `report` are added to."""
     original, pruned, training = before.model, after.model, not isinstance(settings, ClosedForm)
+    if training:
+        check_training(before, fitted, settings)
+        checkpoints = checkpoint_folder(before, keep, fitted, settings)
     if not training or settings.closed_form:
         try:
             rows = closed_form.first(fitted, ClosedForm.max_tokens) if training else fitted
@@ -123,7 +128,7 @@ def _repair(before, after, keep, fitted, settings, loss, losses, report, plain) 
         return losses["trained"] < start  # false for NaN too
 
     with evaluating(original, pruned):  # the Trainer's modes are not the caller's
-        report["trained"] = train(after, before, keep, fitted, settings, improves)
+        report["trained"] = train(after, before, keep, fitted, settings, checkpoints, improves)
     report["teacher_map"] = {str(s): t for s, t in teacher_map(keep, before.num_layers).items()}
     losses["repaired"] = losses["trained"] if report["trained"] else start
     if not report["trained"]:
@@ -137,10 +142,9 @@ def _repair(before, after, keep, fitted, settings, loss, losses, report, plain) 
 def _closed_form(before, after, keep, fitted, loss, plain) -> list[dict[str, Any]]:
     """What each layer gained; no layer is changed, and the list is empty, where the loss does not improve."""
     original, pruned = before.model, after.model
-    fixed = {"use_cache": False} if "use_cache" in inspect.signature(original.forward).parameters else {}
     least = loss.of(pruned)
     with evaluating(original, pruned), torch.no_grad():
-        layers = closed_form.fit(before, after, keep, fitted, loss, fixed)
+        layers = closed_form.fit(before, after, keep, fitted, loss)
     if loss.of(pruned) < least:
         return layers
     after.layers.load_state_dict(plain)
@@ -149,7 +153,7 @@ def _closed_form(before, after, keep, fitted, loss, plain) -> list[dict[str, Any
 
 def _spread(number: int) -> set[int]:
     """One batch in four, at most sixteen: a training is judged once, and what is held out is not learnt from."""
-    return set(range(1, number, max(HELD_OUT, number // MOST_HELD_OUT)))
+    return set(range(1, number, max(HELD_OUT, ceil(number / MOST_HELD_OUT))))
 
 
 def _recorded(settings: Repair) -> dict[str, Any]:

@@ -38,14 +38,14 @@ class Finetune:
             token where they have none); of causal language models with a teacher only.
         hidden_weight: Weight of the hidden states beside the logits (relative squared error after each layer that stands in
             for removed ones); with a teacher only.
-        steps: Batches to train on; one pass over the data by default.
-        minutes: Stop after so long.
+        steps: Steps of the optimizer; one pass over the data by default.
+        minutes: Stop after so long, with a checkpoint where they are kept.
         learning_rate: The highest; it falls to zero along a cosine.
         max_tokens: Tokens of the data to use; one batch in four, and at most sixteen, is held out. None for all. The default
             is some minutes of a small model on a laptop; a GPU takes millions.
         max_length: Tokens a sequence.
         batch_size: Sequences a batch.
-        output_dir: Keep the Trainer's checkpoints here, and go on from the last one that is there.
+        output_dir: Keep the Trainer's checkpoints here, in a folder for each stack, and go on from the last one that is there.
         arguments: Further `TrainingArguments`: `report_to`, `gradient_accumulation_steps`, `save_steps` and so on. bf16
             autocast is on where the hardware gains from it, unless they say `bf16=False`.
     """

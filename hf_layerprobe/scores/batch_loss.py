@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
+from ..activations.forward import without_cache
 from ..activations.text import Batch
 from ..errors import LayerProbeError
 from ..precision import widest
-from .loss import IGNORED, ROWS, check_causal
+from .loss import IGNORED, ROWS, check_causal, next_tokens
 
 PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
 
@@ -26,7 +25,7 @@ class BatchLoss:
     def __init__(self, model: PreTrainedModel):
         # Every bypassed layer would be a graph of its own, so that nothing is won by the compiled one.
         self.model = model = getattr(model, "_orig_mod", model)
-        self._fixed = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        self._fixed = without_cache(model)
         generates = getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
         self._causal = generates and model.main_input_name == "input_ids"
         self._checked = False
@@ -55,8 +54,7 @@ class BatchLoss:
         if not self._checked:
             check_causal(self.model)
             self._checked = True
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        labels = ids if mask is None else torch.where(mask.bool(), ids, IGNORED)
+        ids, labels = batch["input_ids"], pad(next_tokens(batch), (1, 0), value=IGNORED)
         for name in PLACEHOLDERS:  # where images and sounds go; nobody predicts them
             if isinstance(place := getattr(self.model.config, name, None), int):
                 labels = torch.where(ids == place, IGNORED, labels)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..activations import LayerStream
 from ..activations.data import check_positive, longest
 from ..activations.fingerprint import Fingerprint
+from ..activations.forward import one_logit
 from ..activations.text import token_ids
 from ..errors import LayerProbeError
 from ..modes import evaluating
@@ -179,7 +180,8 @@ def _measure(
             moments.tokens = (position < lengths) & (position >= lengths - answers)
             batch = {"input_ids": ids, "attention_mask": (position < lengths).long()}
             fingerprint.update(batch)
-            model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False)
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            model(**inputs, use_cache=False, **one_logit(model, inputs))
     used = {"tokens": sum(answer for _, answer in sequences), "fingerprint": fingerprint.hexdigest()}
     return moments.moments()[np.argsort(order)], used
 

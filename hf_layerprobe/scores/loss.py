@@ -44,6 +44,14 @@ def check_causal(model: PreTrainedModel) -> None:
         )
 
 
+def next_tokens(batch: Batch) -> torch.Tensor:
+    """What each position but the last predicts, `[batch, tokens - 1]`; `IGNORED` where it or what comes next is padding."""
+    ids = batch["input_ids"]
+    if (mask := batch.get("attention_mask")) is None:
+        return ids[:, 1:]
+    return ids[:, 1:].where((mask[:, 1:] * mask[:, :-1]).bool(), IGNORED)
+
+
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum of the token losses in nats, `[]` float64.
 
@@ -69,7 +77,7 @@ def next_token_loss(model: PreTrainedModel, data: Iterable[Batch], *, max_tokens
         for batch in data:
             ids = batch["input_ids"].to(model.device)
             mask = batch.get("attention_mask", torch.ones_like(ids)).to(model.device)
-            labels = torch.where(mask[:, 1:].bool(), ids[:, 1:], IGNORED)
+            labels = next_tokens(batch).to(model.device)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             total += summed_loss(logits, labels).item()
             tokens += int((labels != IGNORED).sum())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,13 +9,15 @@ from pathlib import Path
 
 import torch
 
+from ..activations.fingerprint import digest
+from ..activations.forward import without_cache
 from ..activations.steps import Steps
 from ..activations.text import Batch
 from ..errors import LayerProbeError
 from ..files import write_atomically
 from ..modes import evaluating
 from ..progress import progress
-from ..scores.loss import IGNORED, check_causal, summed_loss
+from ..scores.loss import IGNORED, check_causal, next_tokens, summed_loss
 from ..stacks import LayerStack, bypassed
 
 Removed = tuple[int, ...]
@@ -59,16 +59,15 @@ class SetLosses:
         check_causal(stack.model)
         self.stack = stack
         self.batches = batches
-        accepted = inspect.signature(stack.model.forward).parameters
-        self._fixed = {"use_cache": False} if "use_cache" in accepted else {}
+        self._fixed = without_cache(stack.model)
         self._stepwise: bool | None = None
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self.tokens = sum(int((_labels(batch) != IGNORED).sum()) for batch in batches)
+        self.tokens = sum(int((next_tokens(batch) != IGNORED).sum()) for batch in batches)
         if not self.tokens:
             raise LayerProbeError("No text to measure on has a second token, so there is nothing to predict.")
         self.known: dict[Removed, float] = {}
         self._file = None if resume is None else Path(resume)
-        self._about = self._fingerprint()
+        self._about = digest(stack, batches)
         if self._file is not None and self._file.is_file():
             self._load()
 
@@ -88,7 +87,7 @@ class SetLosses:
     def first_look(self, tokens: int) -> SetLosses:
         """The same on the first tokens of the first sequence only, to tell which sets are worth measuring."""
         start = {name: value[:1, :tokens] for name, value in self.batches[0].items()}
-        look = SetLosses(self.stack, [start] if (_labels(start) != IGNORED).any() else self.batches)
+        look = SetLosses(self.stack, [start] if (next_tokens(start) != IGNORED).any() else self.batches)
         look.deadline, look._stepwise = self.deadline, self._stepwise
         return look
 
@@ -100,7 +99,7 @@ class SetLosses:
         bar = progress(desc=desc, total=len(order) * len(self.batches), unit="set")
         with bar, evaluating(self.stack.model), torch.no_grad():
             for batch in self.batches:
-                labels = _labels(batch)
+                labels = next_tokens(batch)
                 for removed, logits in (self._stepped if self._by_steps() else self._bypassed)(batch, order):
                     sums[removed] += summed_loss(logits[:, :-1], labels.to(logits.device)).item()
                     bar.update()
@@ -108,7 +107,7 @@ class SetLosses:
 
     def _stepped(self, batch: Batch, order: Sequence[Removed]) -> Iterator[tuple[Removed, torch.Tensor]]:
         """The logits without each set, from where it differs from the one before."""
-        steps, before = Steps(self.stack, batch, **self._fixed), None
+        steps, before = Steps(self.stack, batch), None
         streams = [steps.start]  # streams[d]: what enters layer d
         for removed in order:
             if before is not None:
@@ -141,15 +140,6 @@ class SetLosses:
                 self._stepwise = False
         return self._stepwise
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{type(self.stack.model).__name__} {self.stack.path} {self.stack.num_layers}".encode())
-        for layer in self.stack.layers:
-            for parameter in layer.parameters():
-                digest.update(repr(parameter.flatten()[:4].tolist()).encode())
-        for batch in self.batches:
-            digest.update(batch["input_ids"].cpu().numpy().tobytes())
-        return digest.hexdigest()
-
     def _save(self) -> None:
         if self._file is not None:
             losses = [[list(removed), loss] for removed, loss in self.known.items()]
@@ -168,9 +158,3 @@ class SetLosses:
                 f"{self._file} holds losses of another model, stack or text; name another file, or delete it."
             )
         self.known = losses
-
-
-def _labels(batch: Batch) -> torch.Tensor:
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask", torch.ones_like(ids))
-    return torch.where(mask[:, 1:].bool(), ids[:, 1:], IGNORED)
