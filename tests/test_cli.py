@@ -306,3 +306,27 @@ def test_docs_of_layers_that_stand_apart(tmp_path):
     )  # fmt: skip
     JambaForCausalLM(config).save_pretrained(tmp_path / "jamba")
     assert "–" in run("docs", tmp_path / "jamba", "--kinds", "q", "--figures", tmp_path / "figures").stdout
+
+
+@pytest.mark.parametrize("by", ["greedy", "contiguous", "combined"])
+def test_every_rule_has_text(by, model, text):
+    found = json.loads(run("plan", model, "--by", by, "--num-layers", 1, "--text", text, "--json").stdout)
+    assert len(found["remove"]) == 1
+
+
+def test_line_separators_inside_a_row(model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "one\u2028line of text"}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    run("eval", model, "--text", file)
+
+
+def test_eval_says_when_the_plan_has_seen_the_text(model, text, tmp_path, caplog):
+    run("prune", model, "--by", "influence", "--num-layers", 1, "--text", text, "--output", tmp_path / "smaller")
+    run("eval", tmp_path / "smaller", "--text", text)
+    assert "These texts are the plan's own calibration data" in caplog.text
+
+
+def test_an_unknown_repair_is_said_before_any_work(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_layerprobe.cli.inputs.open_model", lambda *_: pytest.fail("the model was opened"))
+    found = run("prune", model, "--num-layers", 1, "--repair", "nonsense", "--output", tmp_path / "smaller", code=2)
+    assert "repair='nonsense' is not known" in found.output

@@ -83,3 +83,22 @@ def test_the_model_is_converted_once_and_opens_as_any_other(monkeypatch):
 def test_the_passages_are_all_there():
     texts = embedded.embedded_texts()
     assert len(texts) == len(set(texts)) == 12_271
+
+
+def test_two_processes_may_make_it_at_once(tmp_path, monkeypatch):
+    target = tmp_path / "layerprobe" / "SmolLM2-135M-Instruct"
+
+    class Slow:
+        config = None
+
+        def save_pretrained(self, folder):
+            if not target.exists():  # the other process is done in the meantime
+                target.mkdir(parents=True)
+                (target / "config.json").write_text("{}")
+
+    monkeypatch.setattr(embedded.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(embedded, "_packaged", lambda *_: tmp_path / "model.gguf")
+    monkeypatch.setattr(embedded, "_find", lambda _: tmp_path)
+    monkeypatch.setattr(embedded, "_tokenizer", lambda *_: Slow())
+    monkeypatch.setattr(embedded.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: Slow())
+    assert embedded.embedded_model() == target and [each.name for each in target.parent.iterdir()] == [target.name]

@@ -13,7 +13,7 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_token_masks import Blocks, lengths_mask
-from tiny import GQA, redrawn, tiny_model
+from tiny import GQA, TEXT, redrawn, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_layerprobe import LayerProbeError, avss, find_stacks, score_layers
@@ -111,7 +111,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 from accelerate import Accelerator
 from test_pass import SHAREABLE, loader_of
-from tiny import GQA, redrawn, tiny_model
+from tiny import GQA, TEXT, redrawn, tiny_model
 from hf_layerprobe import score_layers
 accelerator = Accelerator(cpu=True)
 for rows in (8, 7):
@@ -224,6 +224,13 @@ def test_one_logit_a_sequence_is_made(token_batches):
     made.clear()
     assert score_layers(model, token_batches, by="avss").values.tolist() == expected.values.tolist()
     assert made == [1, 1, 1]
+
+
+def test_a_classifier_gets_all_that_it_looks_through(token_batches):
+    """BioGPT's takes the number of logits, and then looks for the last token among what is left."""
+    config = tf.BioGptConfig(**TEXT, max_position_embeddings=64, num_labels=2, pad_token_id=0)
+    model = redrawn(tf.BioGptForSequenceClassification(config))
+    assert len(score_layers(model, token_batches, by="avss").values) == 4
 
 
 @pytest.mark.model_type("gemma4_text")

@@ -106,6 +106,55 @@ def test_greedy_takes_the_best_next_layer(six):
     assert found.path[2]["loss"] == pytest.approx(wanted[found.removed])
 
 
+@pytest.mark.parametrize("tried", [1, 2, 3])
+def test_any_number_of_layers_can_go(six, tried, monkeypatch):
+    """However few layers a round tries; those that were left out come back."""
+    monkeypatch.setattr("hf_layerprobe.search.rules.TRIED", tried)
+    stack, _ = six
+    for search, number in ((greedy, 5), (beam, 5), (greedy, 6)):
+        losses = SetLosses(stack, batches())
+        found = search(losses, number, any_set)
+        assert len(found.removed) == number and [len(entry["remove"]) for entry in found.path] == list(
+            range(number + 1)
+        )
+        if search is greedy:
+            assert len(losses.known) == 1 + 6 + sum(min(tried, 6 - size) for size in range(1, number))
+    with pytest.raises(PruningError, match="No 2 layers"):
+        greedy(SetLosses(stack, batches()), 2, lambda _: False)
+    last = greedy(SetLosses(stack, batches()), 2, lambda removed: len(removed) < 2 or 5 in removed)
+    assert 5 in last.removed  # it is not among the cheapest
+
+
+def test_a_loss_that_is_not_finite_is_the_worst(six, monkeypatch):
+    stack, _ = six
+    plain = SetLosses._measure
+
+    def overflowing(self, order, bar):
+        plain(self, order, bar)
+        self.known.update({each: float("inf") for each in order if 0 in each})
+
+    monkeypatch.setattr(SetLosses, "_measure", overflowing)
+    for search in (contiguous, greedy, beam):
+        assert 0 not in search(SetLosses(stack, batches()), 2, any_set).removed
+    with pytest.raises(
+        LayerProbeError, match="The loss without any 6 layers .* is not finite. Run the model in float32"
+    ):
+        greedy(SetLosses(stack, batches()), 6, any_set)
+
+
+def test_nan_is_infinite():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[:] = 1e38
+    stack = resolve_stack(model)
+    with pytest.raises(LayerProbeError, match="LlamaForCausalLM has logits that are no numbers"):
+        SetLosses(stack, batches())
+    model.model.layers[1].mlp.down_proj.weight.data[:] = 0.1
+    losses = SetLosses(stack, batches())
+    model.model.layers[1].mlp.down_proj.weight.data[:] = 1e38
+    assert losses.measure([(0,)]) == {(0,): float("inf")}
+    assert losses.measure([(1,)])[(1,)] < 20
+
+
 def test_a_wide_beam_is_exhaustive(six):
     stack, wanted = six
     assert beam(SetLosses(stack, batches()), 2, any_set, width=6).removed == min(wanted, key=wanted.get)
@@ -141,6 +190,8 @@ def test_a_search_resumes(six, tmp_path):
     assert losses.known == {each: wanted[each] for each in list(wanted)[:7]}
     with pytest.raises(LayerProbeError, match="losses of another model, stack or text"):
         SetLosses(stack, batches(tokens=11), resume=file)
+    with pytest.raises(LayerProbeError, match="is a folder; name a file"):
+        SetLosses(stack, batches(), resume=tmp_path)
     file.write_text("{}")
     with pytest.raises(LayerProbeError, match="holds no losses of a search"):
         SetLosses(stack, batches(), resume=file)
@@ -153,6 +204,13 @@ def test_a_budget(six):
     for search in (greedy, contiguous):
         with pytest.raises(LayerProbeError, match="time was up before"):
             search(SetLosses(stack, batches(), minutes=1e-9), 2, any_set)
+    losses = SetLosses(stack, batches(), minutes=10)
+    clock = iter([0, 0, 10**9])
+    losses.deadline = 10**8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_layerprobe.search.losses.AT_A_TIME", 2)
+        patch.setattr("hf_layerprobe.search.losses.time.monotonic", lambda: next(clock))
+        assert len(losses.measure(combinations(range(6), 2))) == 4
     losses = SetLosses(stack, batches(), minutes=10)
     found = greedy(losses, 1, any_set)
     losses.deadline = 0
@@ -212,3 +270,11 @@ def test_the_curve_of_a_greedy_plan(tmp_path):
 def test_the_knee_is_where_it_turns_steep(losses, knee):
     removed = tuple(tuple(range(n)) for n in range(len(losses)))
     assert Curve(tuple(range(len(losses))), losses, removed).knee == knee
+
+
+@pytest.mark.parametrize("by", ["greedy", "auto"])
+def test_options_that_a_search_does_not_have(by):
+    with pytest.raises(LayerProbeError, match=f"by='{by}' has no option 'max_tokns'. Did you mean 'max_tokens'"):
+        plan_pruning(tiny_model("llama"), TEXTS, num_layers=1, by=by, tokenizer=tiny_tokenizer(), max_tokns=3)
+    with pytest.raises(LayerProbeError, match="max_tokens"):
+        plan_pruning(tiny_model("llama"), TEXTS, num_layers=1, by=by, tokenizer=tiny_tokenizer(), max_tokens=0)

@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from datasets import ClassLabel, Dataset, Features, Value
 from tiny import TEXT, redrawn, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from hf_layerprobe import (
     LayerProbeError,
@@ -309,3 +310,65 @@ def test_shares_of_what_was_there():
     assert (low, high) == pytest.approx((0.8125 - 1.96 * math.sqrt(0.8125 * 0.1875 / 80), 0.895), abs=0.02)
     guessing = TaskComparison(after, TaskResult.mean("t", "acc", np.array([1.0, 0.0]), chance=0.5))
     assert guessing.retained_above_chance is None and guessing.retained_above_chance_interval is None
+
+
+def test_a_model_that_says_nothing_has_no_accuracy():
+    model = tiny_model("llama")
+    options = dict(tokenizer=tiny_tokenizer(), **COLUMNS)
+    model.lm_head.weight.data[40:] = float("nan")  # of some tokens alone
+    with pytest.raises(LayerProbeError, match="has logits that are no numbers"):
+        evaluate_choices(model, ROWS, **options)
+
+
+def test_a_baseline_on_other_rows(models):
+    options = dict(tokenizer=tiny_tokenizer(), name="mine", **COLUMNS)
+    known = evaluate_choices(models[0], ROWS, **options).after
+    with pytest.raises(LayerProbeError, match="'mine' on 24, or on others; evaluate it on the same"):
+        evaluate_choices(models[1], ROWS[1:] + ROWS[:1], baseline=known, **options)
+
+
+def test_one_item_has_no_interval(models):
+    found = evaluate_choices(models[1], ROWS[:1], tokenizer=tiny_tokenizer(), baseline=models[0], **COLUMNS)
+    assert found.retained_interval is None or np.isnan(found.retained_interval).all()
+
+
+def test_chance_beside_mutual_information(models):
+    """The harness asks each choice once more, without the prompt."""
+    task = {**HARNESS, "metric_list": [{"metric": "acc"}, {"metric": "acc_mutual_info"}]}
+    found = evaluate_tasks(models[1], task, tokenizer=tiny_tokenizer())["mine"]
+    assert found["acc"].after.chance == pytest.approx((1 / 2 + 1 / 3) / 2)
+
+
+def test_a_prompt_that_begins_with_bos(models):
+    """As chat templates write it; the harness reads it once too."""
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    begun = {**COLUMNS, "prompt": "<s>{goal}"}
+    read = []
+    handle = models[0].register_forward_pre_hook(
+        lambda _m, _a, kwargs: read.extend(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    found = evaluate_choices(models[0], ROWS, tokenizer=tokenizer, **begun)
+    handle.remove()
+    assert read[2:] and all(row[0] == 1 and row[1] != 1 for row in read[2:])  # the first two look whether it is causal
+    assert found.value == evaluate_choices(models[0], ROWS, tokenizer=tokenizer, **COLUMNS).value
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [("{goal", "Row 0 does not fit: ValueError"), (lambda row: 3, "the prompt is a int; expected text")],
+)
+def test_prompts_that_cannot_be_made(prompt, message):
+    with pytest.raises(LayerProbeError, match=message):
+        evaluate_choices(tiny_model("llama"), ROWS, tokenizer=tiny_tokenizer(), **{**COLUMNS, "prompt": prompt})
+
+
+def test_speed_is_with_the_cache_whatever_the_config_says():
+    model = tiny_model("llama")
+    model.generation_config.use_cache, model.generation_config.max_time = False, 1e-9
+    read = []
+    model.register_forward_pre_hook(lambda _m, _a, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    measure_speed(model, prompt_tokens=8, new_tokens=4, repeats=1)
+    assert sorted(set(read)) == [1, 8]

@@ -35,7 +35,9 @@ def evaluate(
     """
     from pathlib import Path
 
-    from .. import evaluate_model, model_card
+    from .. import PruningPlan, evaluate_model, model_card
+    from ..evaluation.overlap import warn_if_seen
+    from ..hub import PLAN_FILE
     from .inputs import first_tokens, note_on, open_model, open_tokenizer, read_texts
     from .outputs import number, show_json, show_table
 
@@ -44,6 +46,8 @@ def evaluate(
     texts = read_texts(text, column)
     measured, before = open_model(model), open_model(baseline) if baseline else None
     tokenizer = open_tokenizer(baseline or model)
+    if Path(model, PLAN_FILE).is_file():
+        warn_if_seen(texts, PruningPlan.load(model), measured, tokenizer)
     texts = first_tokens(texts, tokenizer, max_tokens)
     comparison = evaluate_model(measured, texts, tokenizer=tokenizer, baseline=before)
     note = note_on(model, baseline)

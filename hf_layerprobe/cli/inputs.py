@@ -71,7 +71,7 @@ def read_texts(path: Path | None, column: str = "text") -> list[str]:
         raise LayerProbeError(f"{path} is not UTF-8 text: {error}.") from error
     if path.suffix == ".jsonl":
         texts = [
-            _field(path, number, line, column) for number, line in enumerate(content.splitlines(), 1) if line.strip()
+            _field(path, number, line, column) for number, line in enumerate(content.split("\n"), 1) if line.strip()
         ]
     else:
         texts = re.split(r"\n\s*\n", content)

@@ -192,12 +192,13 @@ def prune(
 def _make_plan(name, model, text, column, *, by, remove, keep, max_tokens, **request):
     """A plan from the options; text is read only for rules that need it."""
     from .. import plan_pruning
-    from ..scores.registry import get_score
+    from ..scores.registry import SCORES
     from ..scores.run import ALIASES
     from .inputs import halves, layer_list, open_tokenizer, read_texts
 
     remove, keep = layer_list(remove, "--remove"), layer_list(keep, "--keep")
-    if remove is None and keep is None and (by == "auto" or get_score(ALIASES.get(by, by)).needs_data):
+    score = SCORES.get(ALIASES.get(by, by))  # None for a search, which needs text
+    if remove is None and keep is None and (score is None or score.needs_data):
         calibration, _ = halves(read_texts(text, column))
         request.update(data=calibration, tokenizer=open_tokenizer(name), max_tokens=max_tokens)
     return plan_pruning(model, by=by, remove=remove, keep=keep, **request)

@@ -24,6 +24,7 @@ class TaskResult:
         chance: What guessing scores, if that is known.
         higher_is_better: False for losses, error rates and perplexities.
         samples: The value in each bootstrap sample of the items, the same draws for every model.
+        data: SHA-256 of the items, where they are known.
     """
 
     task: str
@@ -34,6 +35,7 @@ class TaskResult:
     chance: float | None = None
     higher_is_better: bool = True
     samples: np.ndarray | None = field(default=None, repr=False, compare=False)
+    data: str = field(default="", repr=False, compare=False)
 
     @classmethod
     def mean(cls, task: str, metric: str, per_item: np.ndarray, **known: Any) -> TaskResult:
@@ -43,7 +45,7 @@ class TaskResult:
             task: The task.
             metric: What is measured.
             per_item: The score of each item, `[items]`.
-            known: `chance` and `higher_is_better`.
+            known: `chance`, `higher_is_better` and `data`.
         """
         samples, items = resampled_ratio(per_item), len(per_item)
         is_share = bool(np.isin(per_item, (0, 1)).all())
@@ -51,7 +53,7 @@ class TaskResult:
         return cls(task, metric, float(per_item.mean()), items, ends, samples=samples, **known)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the bootstrap samples."""
+        """All but the bootstrap samples and what tells data apart."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -74,10 +76,11 @@ def evaluate_choices(
         raise LayerProbeError("The data has no row to evaluate on.")
     metric = "acc_bytes" if per_byte else "acc"
     known = [baseline] if isinstance(baseline, TaskResult) else []
-    if any((each.task, each.metric, each.items) != (name, metric, len(items)) for each in known):
+    about = hashlib.sha256(json.dumps(items).encode()).hexdigest()
+    if any((each.task, each.metric, each.data) != (name, metric, about) for each in known):
         raise LayerProbeError(
             f"The baseline is {baseline.metric} of {baseline.task!r} on {baseline.items} items, and this is {metric} of "
-            f"{name!r} on {len(items)}; evaluate it on the same."
+            f"{name!r} on {len(items)}, or on others; evaluate it on the same."
         )
     for each in models:
         check_causal(each)
@@ -89,9 +92,14 @@ def evaluate_choices(
     results = []
     for each in models:
         found = losses(each, requests, batch_size=batch_size, desc=name) / sizes
+        if np.isnan(found).any():
+            raise LayerProbeError(
+                f"{type(each).__name__} gives {int(np.isnan(found).sum())} of {len(found)} choices no likelihood (NaN). Run it in "
+                "float32 or bfloat16."
+            )
         chosen = np.array([np.argmin(group) for group in np.split(found, ends)])
         correct = (chosen == right).astype(float)
-        results.append(TaskResult.mean(name, metric, correct, chance=chance))
+        results.append(TaskResult.mean(name, metric, correct, chance=chance, data=about))
     return TaskComparison(*results, *known)
 
 
@@ -111,10 +119,12 @@ def _item(row: Row, number: int, prompt, choices, answer) -> tuple[str, list[str
         context = prompt(row) if callable(prompt) else prompt.format_map(row)
         options = choices(row) if callable(choices) else row[choices] if isinstance(choices, str) else choices
         right = answer(row) if callable(answer) else row[answer]
-    except (KeyError, IndexError, AttributeError) as error:
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
         raise LayerProbeError(
             f"Row {number} does not fit: {type(error).__name__}: {error}. It has the columns {', '.join(map(str, row))}."
         ) from error
+    if not isinstance(context, str):
+        raise LayerProbeError(f"Row {number}: the prompt is a {type(context).__name__}; expected text.")
     if isinstance(options, str) or not isinstance(options, Iterable):
         raise LayerProbeError(f"Row {number}: the choices are {options!r}; expected a list of texts.")
     options = list(options)
@@ -140,8 +150,8 @@ def _index(right: Any, options: list[str], number: int) -> int:
 def _request(tokenizer, context: str, choice: str, max_length: int) -> Request:
     """What is read, cut on the left, and the choice's tokens at its end."""
     bare = context.rstrip()
-    whole = token_ids(tokenizer, context + choice)
-    before = token_ids(tokenizer, bare) if bare else []
+    whole = _ids(tokenizer, context + choice)
+    before = _ids(tokenizer, bare) if bare else []
     if not before:  # a choice has to follow on something
         before = [first_token(tokenizer)]
         whole = before + whole if whole[:1] != before else whole
@@ -151,3 +161,10 @@ def _request(tokenizer, context: str, choice: str, max_length: int) -> Request:
             f"The choice {choice!r} has {len(wanted)} tokens after its prompt; expected 1 to max_length={max_length}."
         )
     return whole[:-1][-max_length:], wanted
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    """The text's tokens; a BOS that it begins with, as chat templates write it, is not put there twice."""
+    ids = token_ids(tokenizer, text)
+    start = tokenizer.bos_token_id
+    return ids[1:] if start is not None and ids[:2] == [start, start] else ids

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..activations.data import check_positive, longest, text_rows
+from ..activations.text import token_ids
 from ..errors import LayerProbeError
 from ..plan import PruningPlan
 from ..scores.loss import check_causal
@@ -163,7 +164,7 @@ def evaluate_model(
 
 
 def _windows(text: str, tokenizer, max_length: int) -> Iterator[Request]:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, text, add_special_tokens=False)
     read = [first_token(tokenizer), *ids[:-1]]
     for begin in range(0, len(ids), max_length):
         yield read[begin : begin + max_length], ids[begin : begin + max_length]

@@ -25,7 +25,12 @@ def resamples(items: int, samples: int = SAMPLES) -> Iterator[np.ndarray]:
 
 
 def resampled_ratio(numerators: np.ndarray, denominators: np.ndarray | float = 1.0) -> np.ndarray:
-    """Σ numerators / Σ denominators of each bootstrap sample, `[SAMPLES]`; a mean when the denominators are 1."""
+    """Σ numerators / Σ denominators of each bootstrap sample, `[SAMPLES]`; a mean when the denominators are 1.
+
+    NaN for a single item, which says nothing of how much others differ.
+    """
+    if len(numerators) < 2:
+        return np.full(SAMPLES, np.nan)
     denominators = np.broadcast_to(denominators, numerators.shape)
     return np.array([drawn @ numerators / (drawn @ denominators) for drawn in resamples(len(numerators))])
 

@@ -125,6 +125,7 @@ def _seconds(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> tupl
     GenerationMixin.generate(
         model, input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, pad_token_id=0,
         min_new_tokens=new_tokens + 1, max_new_tokens=new_tokens + 1, stopping_criteria=StoppingCriteriaList([clock]),
+        use_cache=True, max_time=None,
     )  # fmt: skip
     return prefill, clock.times[-1] - clock.times[0]
 

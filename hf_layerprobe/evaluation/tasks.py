@@ -104,12 +104,12 @@ def _result(task: str, name: str, metric: str, value: float, samples: list[dict]
     if scores and all(isinstance(each, (bool, int, float, np.number)) for each in scores):
         per_item = np.array(scores, dtype=float)
         if np.isclose(per_item.mean(), value):  # the harness also has metrics that are no means, such as F1
-            chance = _chance(name, samples)
+            chance = _chance(name, samples) if np.isin(per_item, (0, 1)).all() else None
             return TaskResult.mean(task, metric, per_item, chance=chance, higher_is_better=higher)
     return TaskResult(task, metric, float(value), len(samples), higher_is_better=higher)
 
 
 def _chance(name: str, samples: list[dict]) -> float | None:
-    """Of multiple choice, whose items have one argument a choice."""
-    choices = [len(each["arguments"]) for each in samples]
+    """Of multiple choice, whose items have one argument a choice, and another without the prompt for mutual information."""
+    choices = [len(each["arguments"]) // (2 if "acc_mutual_info" in each else 1) for each in samples]
     return float(np.mean([1 / n for n in choices])) if name.startswith("acc") and min(choices) > 1 else None

@@ -34,6 +34,11 @@ def check_causal(model: PreTrainedModel) -> None:
     other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
     with evaluating(model), torch.no_grad():
         one, two = (model(input_ids=each).logits[:, :-1].float() for each in (ids, other))
+    if one.isnan().any():
+        raise LayerProbeError(
+            f"{type(model).__name__} has logits that are no numbers (NaN) on eight tokens. Look at its weights, or run it in float32 "
+            "or bfloat16."
+        )
     # Equal to the bit in most causal models; the margin is for experts, whose groups change with the last token.
     margin = max(1e-3, 4 * torch.finfo(model.dtype).eps)
     if (one - two).abs().max() > margin * one.abs().max():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..activations import batches
-from ..activations.data import text_rows
+from ..activations.data import check_positive, text_rows
 from ..activations.fingerprint import used_text
 from ..activations.text import Batch
 from ..errors import LayerProbeError
@@ -19,7 +20,7 @@ from ..scores.combined import NAME as COMBINED
 from ..scores.combined import PARTS, combined
 from ..scores.loss import check_causal
 from ..scores.registry import SCORES, get_score, nearest
-from ..scores.run import ALIASES
+from ..scores.run import ALIASES, PASS_OPTIONS
 from ..stacks import LayerStack
 from ..stacks.admissible import can_go, first_admissible, least_worth
 from .losses import SetLosses
@@ -68,6 +69,12 @@ def choose(stack: LayerStack, data: Any, number: int, by: str, tokenizer, option
     choices = ("auto", COMBINED, *RULES, *ALIASES, *sorted(SCORES))
     if by not in choices:
         raise LayerProbeError(f"Unknown rule by={by!r}.{nearest(by, choices)} Expected one of {', '.join(choices)}.")
+    if by == "auto" or by in RULES:
+        known = (*SEARCH_OPTIONS, *PASS_OPTIONS)
+        if other := [name for name in options if name not in known]:
+            raise LayerProbeError(
+                f"by={by!r} has no option {other[0]!r}.{nearest(other[0], known)} Its options: {', '.join(known)}."
+            )
     if by == "auto":
         return _auto(stack, data, number, tokenizer, options)
     if by in RULES:
@@ -114,8 +121,10 @@ def _batches(
     stack: LayerStack, texts: Iterable[str], tokenizer, options: dict[str, Any], most: int | None
 ) -> list[Batch]:
     reading = {name: value for name, value in options.items() if name not in (*SEARCH_OPTIONS, "max_tokens")}
-    limit = options.get("max_tokens") or most
-    limit = limit if most is None else min(limit, most)
+    limit = options.get("max_tokens")
+    if limit is not None:
+        check_positive(max_tokens=limit)
+    limit = min((each for each in (limit, most) if each is not None), default=None)
     return list(batches(texts, stack.model, tokenizer, max_tokens=limit, **reading))
 
 
@@ -161,6 +170,11 @@ def _auto(stack: LayerStack, data: Any, number: int, tokenizer, options: dict[st
         for choice in choices
     ]
     best = min(choices, key=lambda choice: held_out_loss[choice.remove])
+    if not isfinite(held_out_loss[best.remove]):
+        raise LayerProbeError(
+            f"The held-out loss without any of the {number} layers that the rules choose is not finite. Run the model in float32 "
+            "or bfloat16, or remove fewer layers."
+        )
     scored = [choice.scores.data for choice in choices if choice.scores and choice.scores.data]
     used = {
         "calibration": scored[0] if scored else used_text(searched, stack.model),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from ..activations.fingerprint import digest
 from ..activations.forward import without_cache
@@ -21,6 +23,8 @@ from ..scores.loss import IGNORED, check_causal, next_tokens, summed_loss
 from ..stacks import LayerStack, bypassed
 
 Removed = tuple[int, ...]
+# Sets after which a search with a budget looks at the clock, and one that resumes is saved.
+AT_A_TIME = 8
 # The same kernels on the same numbers; sums over experts may be in another order.
 SAME = 1e-3
 
@@ -67,6 +71,8 @@ class SetLosses:
             raise LayerProbeError("No text to measure on has a second token, so there is nothing to predict.")
         self.known: dict[Removed, float] = {}
         self._file = None if resume is None else Path(resume)
+        if self._file is not None and self._file.is_dir():
+            raise LayerProbeError(f"resume={str(resume)!r} is a folder; name a file in it for the losses.")
         self._about = digest(stack, batches)
         if self._file is not None and self._file.is_file():
             self._load()
@@ -76,13 +82,19 @@ class SetLosses:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def measure(self, sets: Iterable[Iterable[int]], *, desc: str = "Measuring sets") -> dict[Removed, float]:
-        """The losses of these sets; of none that is not yet known once the time is up."""
+        """The losses of these sets, infinite where a sum overflows; of none that is not yet known once the time is up."""
         wanted = {tuple(sorted(each)) for each in sets}
         new = sorted(wanted - self.known.keys())
-        if new and not self.out_of_time:
-            self._measure(new, desc)
-            self._save()
-        return {each: self.known[each] for each in wanted if each in self.known}
+        # Those that agree longest from the first layer on come next to each other.
+        new.sort(key=lambda removed: [layer in removed for layer in range(self.stack.num_layers)])
+        size = len(new) if self.deadline is None and self._file is None else AT_A_TIME
+        with progress(desc=desc, total=len(new) * len(self.batches), unit="set") as bar:
+            for start in range(0, len(new), max(size, 1)):
+                if self.out_of_time:
+                    break
+                self._measure(new[start : start + size], bar)
+                self._save()
+        return {each: self.known[each] for each in sorted(wanted) if each in self.known}
 
     def first_look(self, tokens: int) -> SetLosses:
         """The same on the first tokens of the first sequence only, to tell which sets are worth measuring."""
@@ -91,19 +103,17 @@ class SetLosses:
         look.deadline, look._stepwise = self.deadline, self._stepwise
         return look
 
-    def _measure(self, sets: list[Removed], desc: str) -> None:
-        total = self.stack.num_layers
-        # Those that agree longest from the first layer on come next to each other.
-        order = sorted(sets, key=lambda removed: [layer in removed for layer in range(total)])
+    def _measure(self, order: Sequence[Removed], bar: tqdm) -> None:
         sums = dict.fromkeys(order, 0.0)
-        bar = progress(desc=desc, total=len(order) * len(self.batches), unit="set")
-        with bar, evaluating(self.stack.model), torch.no_grad():
+        with evaluating(self.stack.model), torch.no_grad():
             for batch in self.batches:
                 labels = next_tokens(batch)
                 for removed, logits in (self._stepped if self._by_steps() else self._bypassed)(batch, order):
                     sums[removed] += summed_loss(logits[:, :-1], labels.to(logits.device)).item()
                     bar.update()
-        self.known.update({removed: loss / self.tokens for removed, loss in sums.items()})
+        # What overflows is the worst, not unknown.
+        means = {removed: loss / self.tokens for removed, loss in sums.items()}
+        self.known.update({removed: mean if math.isfinite(mean) else math.inf for removed, mean in means.items()})
 
     def _stepped(self, batch: Batch, order: Sequence[Removed]) -> Iterator[tuple[Removed, torch.Tensor]]:
         """The logits without each set, from where it differs from the one before."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from math import inf, isfinite
 from typing import Any
 
 from ..errors import LayerProbeError, PruningError
 from .losses import Removed, SetLosses
 
-# Beam: sets kept in each round. Only so many layers are tried next, those that cost least in the round before.
+# Beam: sets kept in each round. After the first, so many layers are tried with each, those that cost least when last tried.
 WIDTH = 3
 TRIED = 12
 # Blocks: so many are measured in full, those that cost least on so many tokens.
@@ -51,11 +53,12 @@ def contiguous(losses: SetLosses, number: int, admissible: Admissible) -> Found:
 def greedy(losses: SetLosses, number: int, admissible: Admissible) -> Found:
     """One layer after the other, each time the one whose removal costs least (SLEB, arXiv 2402.09025).
 
-    Unlike there, the first and the last layer may go, and after the first round only the layers that cost least in the
-    round before are tried.
+    Unlike there, the first and the last layer may go, and after the first round only the layers that cost least when they
+    were last tried are.
 
     Raises:
         PruningError: No set can go.
+        LayerProbeError: No time for all rounds, or no set with a finite loss.
     """
     return beam(losses, number, admissible, width=1)
 
@@ -69,11 +72,17 @@ def beam(losses: SetLosses, number: int, admissible: Admissible, *, width: int =
     total = losses.stack.num_layers
     sets: list[Removed] = [()]
     path = [_entry((), losses.measure([()], desc="No layer removed"))]
-    order: Sequence[int] = range(total)
+    cost = dict.fromkeys(range(total), 0.0)  # what each layer added to the loss when it was last tried
     for size in range(1, number + 1):
-        last = size == number
-        candidates = {tuple(sorted((*each, layer))) for each in sets for layer in order if layer not in each}
-        candidates = [each for each in candidates if not last or admissible(each)]
+        parents: dict[Removed, list[tuple[Removed, int]]] = {}
+        for each in sets:
+            others = (
+                (tuple(sorted((*each, layer))), layer) for layer in sorted(cost, key=cost.get) if layer not in each
+            )
+            possible = (pair for pair in others if size < number or admissible(pair[0]))
+            for candidate, layer in islice(possible, None if size == 1 else TRIED):
+                parents.setdefault(candidate, []).append((each, layer))
+        candidates = list(parents)
         found = losses.measure(candidates, desc=f"{size} of {number} layers")
         if len(found) < len(candidates):
             raise LayerProbeError(
@@ -82,11 +91,15 @@ def beam(losses: SetLosses, number: int, admissible: Admissible, *, width: int =
             )
         if not found:
             raise _none(losses, number)
-        sets = sorted(found, key=found.get)[:width]
+        added: dict[int, float] = {}
+        for candidate, pairs in parents.items():
+            for each, layer in pairs:
+                added[layer] = min(found[candidate] - losses.known[each], added.get(layer, inf))
+        cost.update(added)
+        sets = sorted((each for each in found if isfinite(found[each])), key=found.get)[:width]
+        if not sets:
+            raise _not_finite(losses, number)
         path.append(_entry(sets[0], found))
-        # What a layer costs in the best set that it is in says which to try next.
-        cost = {layer: min((loss for each, loss in found.items() if layer in each), default=None) for layer in order}
-        order = sorted((layer for layer in cost if cost[layer] is not None), key=cost.get)[: TRIED + size]
     return Found(sets[0], path)
 
 
@@ -125,7 +138,17 @@ def _best(losses: SetLosses, sets: Sequence[Removed], number: int, desc: str) ->
     found = losses.measure(sets, desc=desc)
     if not found:
         raise LayerProbeError("The time was up before one set was measured. Give the search more minutes.")
-    return min(found, key=found.get)
+    best = min(found, key=found.get)
+    if not isfinite(found[best]):
+        raise _not_finite(losses, number)
+    return best
+
+
+def _not_finite(losses: SetLosses, number: int) -> LayerProbeError:
+    return LayerProbeError(
+        f"The loss without any {number} layers of {losses.stack.path!r} that were tried is not finite. Run the model in "
+        "float32 or bfloat16, or remove fewer layers."
+    )
 
 
 def _none(losses: SetLosses, number: int) -> PruningError:
