@@ -31,7 +31,7 @@ def evaluate(
 
     - `hf-layerprobe eval`
 
-    - `hf-layerprobe eval ./smaller --baseline smollm2 --text corpus.txt --card "my corpus"`
+    - `hf-layerprobe eval ./smaller --baseline smollm2 --text held-out.txt --card "my corpus"`
     """
     from pathlib import Path
 

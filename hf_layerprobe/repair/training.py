@@ -22,6 +22,9 @@ from ..stacks import LayerStack
 from .healer import Clock, Healer
 from .settings import Finetune, Lora
 
+Run = Callable[[nn.Module], None]
+Improves = Callable[[PreTrainedModel], bool]
+
 # What a Trainer puts on a model: `Accelerator.prepare`, to run it under autocast, and checkpointing, for frozen embeddings.
 HOOKS = ("_require_grads_hook", "_require_grads_hooks")
 ATTRIBUTES = ("forward", "_original_forward", "_is_accelerate_prepared", *HOOKS)
@@ -34,7 +37,7 @@ def train(
     batches: Sequence[Batch],
     settings: Finetune,
     checkpoints: Path | None,
-    improves: Callable[[PreTrainedModel], bool],
+    improves: Improves,
 ) -> bool:
     """Trains a pruned model in place; weights and flags are as before where that does not improve it.
 
@@ -53,26 +56,43 @@ def train(
     Raises:
         LayerProbeError: A time budget too short for one step, or a teacher without logits.
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in pruned.model.parameters()]
-    make = _train_adapter if isinstance(settings, Lora) else _train_layers
+    model, device = pruned.model, pruned.model.device
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def run(module: nn.Module) -> None:
+        """Trains what is not frozen in the model, or in the model with an adapter."""
+        with TemporaryDirectory() as temporary, _put_back(model), _without_autocast(device):
+            arguments = _arguments(settings, len(batches), checkpoints or temporary, device)
+            trainer = Healer(
+                module, arguments, train_dataset=list(batches), data_collator=lambda rows: dict(rows[0]),
+                callbacks=[Clock(settings.minutes)], pruned=pruned, original=original, keep=keep, settings=settings,
+            )  # fmt: skip
+            last = None if checkpoints is None else get_last_checkpoint(checkpoints)
+            try:
+                trainer.train(resume_from_checkpoint=last)
+            finally:
+                trainer.unwatch()
+
     try:
         with _seeds():
-            return make(pruned, original, keep, batches, settings, checkpoints, improves)
+            if isinstance(settings, Lora):
+                return _train_adapter(model, settings, run, improves)
+            layers = [pruned.layers[p] for p in _beside(keep, original.num_layers, settings.beside)]
+            return _train_layers(model, layers, run, improves)
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
 
 
-def _train_adapter(pruned, original, keep, batches, settings, checkpoints, improves) -> bool:
-    model = pruned.model
+def _train_adapter(model: PreTrainedModel, settings: Lora, run: Run, improves: Improves) -> bool:
     config = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear")
     adapted = get_peft_model(model, config)
     # Sums in half precision are not undone by differences.
     before = [(p, p.detach().clone()) for name, p in model.named_parameters() if ".base_layer." in name]
     kept = False
     try:
-        _run(adapted, pruned, original, keep, batches, settings, checkpoints)
+        run(adapted)
         with _without_autocast(model.device):
             adapted.merge_adapter()
         if improves(model):  # merged: in half precision that is another model than the one that was trained
@@ -86,16 +106,13 @@ def _train_adapter(pruned, original, keep, batches, settings, checkpoints, impro
     return kept
 
 
-def _train_layers(pruned, original, keep, batches, settings, checkpoints, improves) -> bool:
-    beside = _beside(keep, original.num_layers, settings.beside)
-    chosen = {id(p) for position in beside for p in pruned.layers[position].parameters()}
-    for parameter in pruned.model.parameters():
-        parameter.requires_grad_(id(parameter) in chosen)
-    before = [(p, p.detach().clone()) for p in pruned.model.parameters() if p.requires_grad]
+def _train_layers(model: PreTrainedModel, layers: Sequence[nn.Module], run: Run, improves: Improves) -> bool:
+    model.requires_grad_(False)
+    before = [(p, p.detach().clone()) for layer in layers for p in layer.requires_grad_(True).parameters()]
     kept = False
     try:
-        _run(pruned.model, pruned, original, keep, batches, settings, checkpoints)
-        kept = improves(pruned.model)
+        run(model)
+        kept = improves(model)
     finally:
         if not kept:
             _restore(before)
@@ -117,47 +134,27 @@ def _beside(keep: Sequence[int], num_layers: int, number: int | None) -> list[in
     return [p for p in range(len(keep)) if any(c - number <= p < c + number for c in cuts)]
 
 
-def _run(
-    model: nn.Module,
-    pruned: LayerStack,
-    original: LayerStack,
-    keep: Sequence[int],
-    batches: Sequence[Batch],
-    settings: Finetune,
-    checkpoints: Path | None,
-) -> None:
-    """Trains what is not frozen in `model`: the pruned one, or that with an adapter."""
-    device = pruned.model.device
-    steps = settings.steps or ceil(len(batches) / settings.arguments.get("gradient_accumulation_steps", 1))
-    with TemporaryDirectory() as temporary, _put_back(pruned.model), _without_autocast(device):
-        arguments = TrainingArguments(
-            **{
-                "output_dir": str(checkpoints or temporary),
-                "max_steps": steps,
-                "learning_rate": settings.learning_rate,
-                "lr_scheduler_type": "cosine",
-                "warmup_steps": max(1, steps // 20),
-                "save_strategy": "no" if checkpoints is None else "steps",
-                "report_to": "none",
-                "logging_strategy": "no",
-                "use_cpu": device.type == "cpu",
-                "bf16": gains_from_bfloat16(device) and not settings.arguments.get("fp16"),
-                **settings.arguments,
-                # One batch is one example: they are made elsewhere, for any modality.
-                "per_device_train_batch_size": 1,
-                "remove_unused_columns": False,
-                "label_names": [],
-            }
-        )
-        trainer = Healer(
-            model, arguments, train_dataset=list(batches), data_collator=lambda rows: dict(rows[0]),
-            callbacks=[Clock(settings.minutes)], pruned=pruned, original=original, keep=keep, settings=settings,
-        )  # fmt: skip
-        last = get_last_checkpoint(checkpoints) if checkpoints is not None else None
-        try:
-            trainer.train(resume_from_checkpoint=last)
-        finally:
-            trainer.unwatch()
+def _arguments(settings: Finetune, batches: int, output_dir: str | Path, device: torch.device) -> TrainingArguments:
+    steps = settings.steps or ceil(batches / settings.arguments.get("gradient_accumulation_steps", 1))
+    return TrainingArguments(
+        **{
+            "output_dir": str(output_dir),
+            "max_steps": steps,
+            "learning_rate": settings.learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": max(1, steps // 20),
+            "save_strategy": "no" if settings.output_dir is None else "steps",
+            "report_to": "none",
+            "logging_strategy": "no",
+            "use_cpu": device.type == "cpu",
+            "bf16": gains_from_bfloat16(device) and not settings.arguments.get("fp16"),
+            **settings.arguments,
+            # One batch is one example: they are made elsewhere, for any modality.
+            "per_device_train_batch_size": 1,
+            "remove_unused_columns": False,
+            "label_names": [],
+        }
+    )
 
 
 @contextmanager
