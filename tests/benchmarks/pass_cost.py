@@ -36,9 +36,9 @@ def watched(stack, names):
 
 
 def peak_megabytes(run) -> float:
-    """Largest memory of the process while this runs (Linux), median of five."""
+    """Largest memory of the process while this runs (Linux), median of three."""
     peaks = []
-    for _ in range(5):
+    for _ in range(3):
         RESET.write_text("5")
         run()
         peaks += [int(line.split()[1]) / 1024 for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
@@ -78,7 +78,8 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
     # Without its head, whose logits would hide what is kept beside the layers; score_layers against the whole of it.
     measured = {name: partial(forward, model.model, names) for name, names in runs.items()}
-    memory = {name: peak_megabytes(run) - peak_megabytes(measured[PLAIN]) for name, run in measured.items()}
+    memory = {name: peak_megabytes(run) for name, run in measured.items()}
+    memory = {name: peak - memory[PLAIN] for name, peak in memory.items()}
     memory["score_layers"] = peak_megabytes(scores) - peak_megabytes(timed[PLAIN])
     plain = seconds[PLAIN]
     print(f"4 x 512 tokens, {arguments.threads} threads, torch {torch.__version__}, {arguments.repeats} rounds")
