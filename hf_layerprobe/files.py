@@ -40,6 +40,7 @@ def check_new_folder(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `path` when the context ends without an exception, and vanishes otherwise."""
     check_new_folder(path)
+    path = path.resolve()  # a link is not renamed over, but the empty folder behind it is
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

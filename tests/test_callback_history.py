@@ -299,3 +299,28 @@ def test_report_to_none_still_has_log_and_history(make_trainer, tmp_path):
     trainer = make_trainer(LayerProbeCallback(), report_to="none", **EVALS)
     trainer.train()
     assert len(entries(trainer)) == 2 and LayerProbeHistory.load(tmp_path / "out").names
+
+
+def test_the_best_model_does_not_rewrite_the_last_step(make_trainer, tmp_path):
+    """An evaluation after training measures the model that was loaded, not that of the last step."""
+    saving = dict(save_strategy="steps", save_steps=2, load_best_model_at_end=True)
+    trainer = make_trainer(LayerProbeCallback(), learning_rate=0.05, **saving, **EVALS)
+    trainer.train()
+    before = LayerProbeHistory.load(tmp_path / "out").values["avss"]
+    with torch.no_grad():
+        trainer.model.model.layers[0].mlp.down_proj.weight.mul_(3)
+    trainer.evaluate()
+    np.testing.assert_array_equal(LayerProbeHistory.load(tmp_path / "out").values["avss"], before)
+    assert logged(entries(trainer)[-1]) != pytest.approx(before[-1].tolist(), rel=1e-3)  # the log has both
+
+
+def test_a_score_that_cannot_be_had_does_not_end_a_training(make_trainer, caplog):
+    trainer = make_trainer(LayerProbeCallback(("avss", "influence-mlp")), model=tiny_model("gemma3"), **EVALS)
+    trainer.train()
+    assert steps(trainer, AVSS[0]) == [2, 4] and "influence-mlp is not logged: influence-mlp asks what" in caplog.text
+
+
+def test_evaluations_that_are_delayed(make_trainer):
+    trainer = make_trainer(LayerProbeCallback(batches="training"), eval_delay=3, **EVALS)
+    trainer.train()
+    assert steps(trainer, "layerprobe/avss/") == [4]

@@ -215,3 +215,54 @@ def test_eval_writes_its_results_into_the_card(auto, tmp_path):
     values = [m["value"] for m in metadata(content)["model-index"][0]["results"][0]["metrics"]]
     assert np.isclose(values, round(after["perplexity"], 4)).any() and "Nobody has measured" not in content
     assert "No pruning plan" in run("eval", base, "--text", text, "--card", "Foxes", code=2).stderr
+
+
+@pytest.mark.parametrize("named, kept", [("/data/models/llama", None), ("[org/a, ./local]", ["org/a"]), ("12", None)])
+def test_a_card_that_names_a_folder(named, kept, tmp_path, caplog):
+    """Trainers write the path that they loaded; it is no reason to lose a pruned model, and not carried over."""
+    folder = tiny_folder(tmp_path / "tuned")
+    (folder / "README.md").write_text(f"---\nbase_model: {named}\nlanguage: en\n---\n")
+    with caplog.at_level("WARNING", "hf_layerprobe"):
+        prune_layers(folder, remove=[1], output_dir=tmp_path / "small")
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert metadata(card).get("base_model") == kept and metadata(card)["language"] == "en"
+    assert "that are no Hub ids; left out" in caplog.text and "/data/models" not in card
+
+
+def test_a_search_has_run_the_model(tmp_path):
+    prune_layers(
+        tiny_model("llama"),
+        num_layers=1,
+        by="greedy",
+        data=TEXTS,
+        tokenizer=tiny_tokenizer(),
+        output_dir=tmp_path / "small",
+    )
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "fingerprint" in card and "without running the model" not in card and "unknown" not in card
+
+
+@pytest.mark.parametrize("kind", ["here", "link"])
+def test_any_name_of_an_empty_folder(kind, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    target = Path(".") if kind == "here" else tmp_path / "link"
+    if kind == "here":
+        monkeypatch.chdir(tmp_path / "empty")
+    else:
+        target.symlink_to(tmp_path / "empty", target_is_directory=True)
+    prune_layers(tiny_model("llama"), remove=[1], output_dir=target)
+    assert (tmp_path / "empty" / "model.safetensors").is_file()
+
+
+def test_a_vision_model_keeps_its_processor(tmp_path):
+    tiny_model("vit").save_pretrained(tmp_path / "vit")
+    tf.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+    run("prune", tmp_path / "vit", "--remove", "1", "--output", tmp_path / "small")
+    assert (tmp_path / "small" / "preprocessor_config.json").is_file()
+
+
+def test_a_file_that_is_cut_off_is_bad_input(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    run("prune", folder, "--remove", "1", "--output", tmp_path / "small", code=2)

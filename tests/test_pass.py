@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_layerprobe import LayerProbeError, avss, find_stacks, score_layers
 from hf_layerprobe.activations import LayerStream
 from hf_layerprobe.activations.checks import FiniteOutputs
+from hf_layerprobe.scores.batch_loss import BatchLoss
 from hf_layerprobe.scores.registry import SCORES
 from hf_layerprobe.stacks import LayerStack
 
@@ -375,3 +376,72 @@ def test_the_first_token_of_smollm2_is_seen(smollm2, smollm2_tokenizer, english)
     swamped = found.details["largest_share_at_least"] > 0.5
     assert swamped.sum() > 10 and "the largest 0.1 % of the values hold at least half" in found.notes[0]
     assert str(np.flatnonzero(swamped)[-1]) in found.notes[0] and found.to_dict()["notes"] == list(found.notes)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_the_padding_of_a_seq2seq_collator(family):
+    """Labels and shifted labels, and no mask of the decoder."""
+    model = tiny_model(family)
+    ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    for row, length in enumerate((9, 2, 1)):
+        labels[row, length:] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    shifted = {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels)}
+    path = "decoder.block" if family == "t5" else "model.decoder.layers"
+    one, two = (score_layers(model, [each], by="influence", stack=path) for each in (batch, shifted))
+    assert one.data["tokens"] == two.data["tokens"] == 12
+    np.testing.assert_allclose(one.values, two.values, rtol=1e-5)
+
+
+def test_masks_of_four_dimensions():
+    model = tiny_model("llama")
+    ids = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
+    seen = torch.ones(6, 6).tril().bool()[None, None] & mask[:, None, None].bool()
+    added = torch.zeros(2, 1, 6, 6).masked_fill(~seen, torch.finfo(torch.float32).min)
+    expected = score_layers(model, [{"input_ids": ids, "attention_mask": mask}], by="influence")
+    for each in (seen, added):
+        found = score_layers(model, [{"input_ids": ids, "attention_mask": each}], by="influence")
+        assert found.data["tokens"] == 9
+        np.testing.assert_allclose(found.values, expected.values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [7, 3])
+def test_layers_that_have_tokens_first(tokens):
+    """XLNet's: batched or row by row, padded or not."""
+    config = tf.XLNetConfig(vocab_size=64, d_model=32, n_layer=3, n_head=4, d_inner=48)
+    model = redrawn(tf.XLNetLMHeadModel(config))
+    ids = torch.randint(3, 60, (3, tokens), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    whole = score_layers(model, [{"input_ids": ids, "attention_mask": mask}], by=["angular", "influence"])
+    rows = [{"input_ids": ids[i : i + 1], "attention_mask": mask[i : i + 1]} for i in range(3)]
+    for name, scores in score_layers(model, rows, by=["angular", "influence"]).items():
+        np.testing.assert_allclose(scores.values, whole[name].values, rtol=1e-4)
+    mask[1, :2] = 0  # on the left, as XLNet pads
+    padded = score_layers(model, [{"input_ids": ids, "attention_mask": mask}], by="influence")
+    assert padded.data["tokens"] == mask.sum()
+
+
+@pytest.mark.parametrize("family", ["xlm", "bart decoder", "llama"])
+def test_labels_that_a_model_does_not_shift(family):
+    if family == "xlm":
+        model = redrawn(tf.XLMWithLMHeadModel(tf.XLMConfig(vocab_size=64, emb_dim=32, n_layers=4, n_heads=4)))
+    elif family == "llama":
+        model = tiny_model("llama")
+    else:
+        small = dict(d_model=32, decoder_layers=4, decoder_ffn_dim=48, decoder_attention_heads=4, vocab_size=64)
+        model = redrawn(tf.BartForCausalLM(tf.BartConfig(**small, max_position_embeddings=64)))
+    ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, ::3] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    total, number = BatchLoss(model)(batch)
+    with torch.no_grad():
+        assert total.item() / number.item() == pytest.approx(model(**batch).loss.item(), rel=1e-4)
+
+
+def test_columns_of_rows_that_are_not_read(caplog):
+    with caplog.at_level("WARNING", "hf_layerprobe"):
+        avss(tiny_model("bert"), [{"input_ids": [3, 4, 5], "token_type_ids": [0, 1, 1], "text": "x"}])
+    assert "input_ids are read alone, and token_type_ids left out" in caplog.text

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..errors import LayerProbeError
 from .media import media_batches
 from .rows import Sample, examples
 from .text import Batch, is_conversation, padded, sequences, within
+
+logger = logging.get_logger(__name__)
 
 
 class Batches:
@@ -90,6 +93,11 @@ def batches(
             "tensor)."
         )
     if _is_row(first):
+        taken = inspect.signature(model.forward).parameters
+        if left := [name for name in first if name in taken and name not in ("input_ids", "attention_mask")]:
+            logger.warning_once(
+                f"Of tokenised rows input_ids are read alone, and {', '.join(left)} left out; pass batches for them to count."
+            )
         ids = within((_row(row, i, max_length) for i, row in enumerate(rows)), max_tokens)
         return Batches(padded(ids, model, tokenizer, batch_size), packed=False, max_length=max_length)
     names = inspect.signature(model.forward).parameters

@@ -72,11 +72,15 @@ class TokenMasks:
         mask = inputs.get("decoder_attention_mask" if self._decoder else "attention_mask")
         labels = inputs.get("labels")
         if mask is None and self._decoder:
-            if inputs.get("decoder_input_ids") is None and isinstance(labels, torch.Tensor) and labels.dim() == 2:
+            read = inputs.get("decoder_input_ids")
+            if isinstance(labels, torch.Tensor) and labels.dim() == 2 and (read is None or read.shape == labels.shape):
                 mask = labels != -100  # the decoder reads the labels shifted by one: as many tokens count
         elif mask is None and self._fills_up:
             tokens = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
             mask = None if tokens is None else tokens.new_ones(tokens.shape[:2])
+        if isinstance(mask, torch.Tensor) and mask.dim() == 4:  # who may attend to whom: nobody does to padding
+            added = mask.is_floating_point()
+            mask = (mask > torch.finfo(mask.dtype).min / 2 if added else mask.bool()).any(1).any(1)
         return mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() in (2, 3) else None
 
     def _fit(self, mask: torch.Tensor, rows: int, tokens: int) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ them after it, also when the pass fails, so that nothing is left on the layers b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,6 +21,10 @@ from .masks import TokenMasks
 from .sites import find_taps
 
 logger = logging.get_logger(__name__)
+
+
+# Their layers run on `[tokens, batch, hidden]`.
+TOKENS_FIRST = ("transformers.models.xlnet.modeling_xlnet", "transformers.models.fsmt.modeling_fsmt")
 
 
 class Accumulator(Protocol):
@@ -62,6 +67,7 @@ class LayerStream:
         self.stack = stack
         self.accumulators = sorted(accumulators, key=lambda each: -getattr(each, "asks", 0))
         self.guest = guest
+        self._tokens_first = stack is not None and type(stack.layers[0]).__module__ in TOKENS_FIRST
         self._taps = {site: find_taps(stack, site) for site in _sites(accumulators)}
         self._model_hooks: list = []
         self._layer_hooks: list = []
@@ -102,7 +108,7 @@ class LayerStream:
             layer.register_forward_hook(self._layer_hook(index), with_kwargs=True)
             for index, layer in enumerate(self.stack.layers)
         ] + [
-            tap.register(self._taken[index].setdefault(site, []).append)
+            tap.register(partial(self._take, self._taken[index].setdefault(site, [])))
             for site, taps in self._taps.items()
             for index, tap in enumerate(taps)
         ]
@@ -121,13 +127,23 @@ class LayerStream:
         """What enters a layer: the same tensor that left the one before, so that what is known of it need not be found again."""
         left, version, after = self._left
         return (
-            after if state is left and version is not None and _version(state) == version else _as_batch(state.detach())
+            after
+            if state is left and version is not None and _version(state) == version
+            else self._as_batch(state.detach())
         )
+
+    def _as_batch(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._tokens_first and hidden.dim() == 3:
+            return hidden.transpose(0, 1)
+        return hidden[None] if hidden.dim() == 2 else hidden  # packed sequences: [tokens, hidden]
+
+    def _take(self, taken: list[torch.Tensor], values: torch.Tensor) -> None:
+        taken.append(self._as_batch(values) if self._tokens_first else values)
 
     def _layer_hook(self, index: int):
         def take(_layer, args, kwargs, output):
             state = hidden_output(output)
-            after = _as_batch(state.detach())
+            after = self._as_batch(state.detach())
             # A layer that lives on another device than the one before it moves its input only inside.
             before = self._entering(hidden_input(args, kwargs)).to(after.device)
             self._left = state, _version(state), after
@@ -144,10 +160,6 @@ class LayerStream:
                 accumulator.update(index, before, after, mask, **wanted)
 
         return take
-
-
-def _as_batch(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden[None] if hidden.dim() == 2 else hidden  # packed sequences: [tokens, hidden]
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -63,11 +63,22 @@ class SnapshotFolder:
         self.path.rename(aside)
         return f"moved the snapshots of another run to {aside.name}"
 
-    def add(self, step: int, epoch: float | None, stack: str, layers: Sequence[int], found: Iterable[Measurement]):
-        """Adds measurements to the file of a step; the latest of one name counts."""
+    def add(
+        self,
+        step: int,
+        epoch: float | None,
+        stack: str,
+        layers: Sequence[int],
+        found: Iterable[Measurement],
+        *,
+        replace: bool = True,
+    ) -> None:
+        """Adds measurements to the file of a step; of one name the latest counts, or the first without `replace`."""
         path = self.path / f"step-{step:08}.safetensors"
         arrays, header = _read(path) if path.is_file() else ({}, {"format": FORMAT, "step": step, "about": {}})
         for measurement in found:
+            if measurement.name in arrays and not replace:
+                continue
             arrays[measurement.name] = np.ascontiguousarray(measurement.values, dtype=np.float64)
             header["about"][measurement.name] = {**measurement.about, "stack": stack, "layers": list(layers)}
         header["epoch"] = epoch

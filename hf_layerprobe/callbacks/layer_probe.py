@@ -318,7 +318,12 @@ class LayerProbeCallback(TrainerCallback, ExportableState):
                 "are not seen either; use one process per device."
             )
             return []
-        for name, values in passes.values().items():
+        for name in passes.scores:
+            try:
+                values = passes.values(name)
+            except LayerProbeError as error:  # no reason to end a training
+                logger.warning_once(f"{name} is not logged: {error}")
+                continue
             bad = np.flatnonzero(~np.isfinite(values)).tolist()
             if bad:
                 logger.warning(
@@ -335,7 +340,10 @@ class LayerProbeCallback(TrainerCallback, ExportableState):
         log(found, self._past, args, state, control, context)
         watched, folder = self._watched, self._folder(args)
         try:
-            folder.add(state.global_step, state.epoch, watched.stack.path, watched.layers, found)
+            # After training, the weights need not be those of that step: load_best_model_at_end.
+            folder.add(
+                state.global_step, state.epoch, watched.stack.path, watched.layers, found, replace=self._training
+            )
         except OSError as error:  # a full disk is no reason to end a training that does not write
             logger.warning_once(f"Snapshots are not written to {folder.path}: {error}")
 

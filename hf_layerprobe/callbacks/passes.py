@@ -95,9 +95,14 @@ class Passes:
         self.seen, self.missed = (sum(each) for each in zip(*counts, strict=True))
         add_up(list(self._counted.values()))
 
-    def values(self) -> dict[str, np.ndarray]:
-        """The scores of what has been counted, by all processes together."""
-        return {name: score.read(self._counted[score.make])[0] for name, score in self.scores.items()}
+    def values(self, name: str) -> np.ndarray:
+        """A score of what has been counted, by all processes together.
+
+        Raises:
+            LayerProbeError: It cannot be had of these layers, or of so few tokens.
+        """
+        score = self.scores[name]
+        return score.read(self._counted[score.make])[0]
 
 
 def around(owner: Any, name: str, context: Callable[[], AbstractContextManager]) -> Callable[[], None]:

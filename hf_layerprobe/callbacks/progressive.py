@@ -175,7 +175,7 @@ class ProgressivePruningCallback(TrainerCallback, ExportableState):
         elif self._passes.missed or not self._passes.seen:
             raise LayerProbeError(f"{self.by} could not be measured on {self._passes.missed} of the batches before.")
         else:
-            values = self._passes.values()[self.by]
+            values = self._passes.values(self.by)
         if not np.isfinite(values).all():
             bad = np.flatnonzero(~np.isfinite(values)).tolist()
             raise LayerProbeError(f"{self.by} is not finite for layers {bad} of {found.path!r}.")

@@ -40,7 +40,7 @@ def ends_with_numbers(
     if not isinstance(every, str):
         return is_step(every, step)
     if every == "eval" and args.eval_strategy == "steps":
-        return step % state.eval_steps == 0 or step == state.max_steps
+        return step >= args.eval_delay and (step % state.eval_steps == 0 or step == state.max_steps)
     try:
         batches = len(context["train_dataloader"])
     except TypeError:  # a stream; its epochs end unannounced

@@ -141,7 +141,7 @@ class PruneOnTrainEndCallback(TrainerCallback):
             return plan_pruning(stack.model, ratio=self.ratio, num_layers=self.num_layers, by=self.by, stack=stack)
         if passes.missed or not passes.seen:
             raise LayerProbeError(f"{self.by} could not be measured on {passes.missed} of the evaluation's batches.")
-        values = passes.values()[self.by]
+        values = passes.values(self.by)
         if not np.isfinite(values).all():
             bad = np.flatnonzero(~np.isfinite(values)).tolist()
             raise LayerProbeError(f"{self.by} is not finite for layers {bad} of {stack.path!r}.")

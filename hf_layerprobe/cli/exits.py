@@ -22,5 +22,9 @@ class GuardedGroup(TyperGroup):
             code, message = FAILED_CHECK, error
         except (LayerProbeError, OSError) as error:
             code, message = UNUSABLE_INPUT, error
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":  # safetensors is not imported for --help
+                raise
+            code, message = UNUSABLE_INPUT, f"A safetensors file cannot be read or written: {error}"
         Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), str(message)), soft_wrap=True)
         raise typer.Exit(code)

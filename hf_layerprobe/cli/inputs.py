@@ -6,9 +6,10 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import typer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..embedded import NOTE, embedded_model, embedded_texts
 from ..errors import LayerProbeError
@@ -32,6 +33,15 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
         LayerProbeError: The model has none.
     """
     return _open(load_tokenizer, name)
+
+
+def open_processor(name: str) -> Any:
+    """Loads a model's processor: images and sound where it reads them, else its tokenizer.
+
+    Raises:
+        LayerProbeError: The model has none.
+    """
+    return _open(AutoProcessor.from_pretrained, name)
 
 
 def note_on(*names: str | None) -> str | None:

@@ -151,10 +151,10 @@ def prune(
             model, loaded, text, column, by=by, ratio=ratio, num_layers=num_layers, remove=remove, keep=keep,
             max_tokens=max_tokens, stack=stack,
         )  # fmt: skip
-    tokenizer, measured = _tokenizer_if_any(model), None
+    processor, measured = _processor_if_any(model), None
     calibration = halves(read_texts(text, column))[0] if repair is not None else None
     with new_folder(output) as folder:  # so that a model that fails the check leaves nothing
-        pruned = prune_layers(loaded, chosen, tokenizer=tokenizer, output_dir=folder, repair=repair, data=calibration)
+        pruned = prune_layers(loaded, chosen, tokenizer=processor, output_dir=folder, repair=repair, data=calibration)
         if max_loss_increase is not None:
             measured = _check_loss(model, loaded, pruned, chosen, text, column, max_tokens, max_loss_increase)
         done = PruningPlan.load(folder).repair
@@ -223,12 +223,14 @@ def _check_loss(name, model, pruned, plan, text, column, max_tokens, limit) -> d
     return {"before": before, "after": after, "increase": increase}
 
 
-def _tokenizer_if_any(name: str):
-    """Models without a tokenizer (vision) can be pruned too."""
-    from .inputs import open_tokenizer
+def _processor_if_any(name: str):
+    """What a model's inputs are made with: a processor (images, sound), a tokenizer, or None."""
+    from .inputs import open_processor, open_tokenizer
 
-    try:
-        return open_tokenizer(name)
-    except LayerProbeError:
-        typer.echo(f"{name} has no tokenizer that can be loaded; the pruned model is saved without one.", err=True)
-        return None
+    for opened in (open_processor, open_tokenizer):
+        try:
+            return opened(name)
+        except (LayerProbeError, ImportError):  # a processor may want torchvision
+            continue
+    typer.echo(f"{name} has no tokenizer that can be loaded; the pruned model is saved without one.", err=True)
+    return None

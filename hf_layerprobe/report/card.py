@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import transformers
@@ -91,13 +92,24 @@ def _origin(model: PreTrainedModel) -> tuple[str | list[str] | None, ModelCardDa
             card = Path(name) / CARD
             # A model of one's own: what its card says that it was made from. Never its path.
             data = _data(card) if card.is_file() else ModelCardData()
-            return data.get("base_model"), data
+            return _ids(data.get("base_model"), card), data
         if not was_downloaded(name):
             return None, ModelCardData()
         return name, _data(fetch_file(name, CARD))
     except (HubError, yaml.YAMLError, ValueError) as error:
         logger.warning(f"The licence and language of {name!r} cannot be carried over to the model card: {error}")
         return (name if was_downloaded(name) else None), ModelCardData()
+
+
+def _ids(named: Any, card: Path) -> str | list[str] | None:
+    """The Hub ids among what a card says that a model was made from; Trainers also write folders there."""
+    names = named if isinstance(named, list) else [] if named is None else [named]
+    kept = [name for name in names if isinstance(name, str) and is_repo_id(name)]
+    if len(kept) < len(names):
+        logger.warning(
+            f"base_model in {card.name} of the model names {len(names) - len(kept)} that are no Hub ids; left out."
+        )
+    return kept if isinstance(named, list) and kept else kept[0] if kept else None
 
 
 def _data(card: Path) -> ModelCardData:
@@ -149,7 +161,7 @@ def _render(
         adapters=sorted(path.name for path in (folder / "adapters").glob("*")),
         checksum=plan.checksum(),
         figure=FIGURE if (folder / FIGURE).is_file() else None,
-        calibration=plan.scores.get("data"),
+        calibration=plan.data.get("calibration") or plan.scores.get("data"),
         results=measured,
         versions=plan.versions,
     )
@@ -173,7 +185,7 @@ def _task(folder: Path, class_name: str) -> tuple[str | None, str]:
 def _rule(plan: PruningPlan) -> str:
     if plan.by == "explicit":
         return "hand"
-    source = f"`{plan.scores.get('name', plan.by)}` ({plan.scores.get('source', 'unknown')})"
+    source = f"`{plan.scores.get('name', plan.by)}` ({plan.scores.get('source', 'by the loss without sets of layers')})"
     source = f"{source}, the best of several plans" if plan.by == "auto" else source
     return f"{source}; {plan.note}" if plan.note else source
 

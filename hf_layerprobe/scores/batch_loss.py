@@ -29,6 +29,7 @@ class BatchLoss:
         generates = getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
         self._causal = generates and model.main_input_name == "input_ids"
         self._checked = False
+        self._shifts: bool | None = None  # known from the first batch with labels
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the losses in nats, `[]`, and number of labels that count, `[]`.
@@ -39,8 +40,11 @@ class BatchLoss:
         labels = batch.get("labels")
         if self._causal and "input_ids" in batch:
             if labels is None:
-                labels = self._next_tokens(batch)
-            return self._next_token_loss(batch, labels)
+                return self._next_token_loss(batch, self._next_tokens(batch))
+            if self._shifts is None:
+                self._shifts = self._compare(batch)
+            if self._shifts:
+                return self._next_token_loss(batch, labels)
         loss = None if labels is None else self.model(**batch, **self._fixed).loss
         if loss is None:
             raise LayerProbeError(
@@ -48,7 +52,16 @@ class BatchLoss:
                 f"without labels. Pass batches with labels; this one has {list(batch)}."
             )
         number = (labels != IGNORED).sum()
-        return loss * number, number
+        summed = getattr(self.model.config, "ctc_loss_reduction", None) == "sum"
+        return (loss if summed else loss * number), number
+
+    def _compare(self, batch: Batch) -> bool:
+        """Whether the model's own loss is that of each next label: XLM's, BART's decoder's and others' labels are not shifted."""
+        with torch.no_grad():
+            own = self.model(**batch, **self._fixed).loss
+            total, number = self._next_token_loss(batch, batch["labels"])
+        # What experts add for their balance is little beside it.
+        return own is None or not number or bool((own - total / number).abs() <= 0.05 * own.abs())
 
     def _next_tokens(self, batch: Batch) -> torch.Tensor:
         if not self._checked:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..activations import LayerStream
+from ..activations.checks import Vocabulary
 from ..activations.data import check_positive, longest
 from ..activations.fingerprint import Fingerprint
 from ..activations.forward import one_logit
@@ -20,6 +21,7 @@ from ..precision import widest
 from ..progress import progress
 from ..stacks import LayerStack, resolve_stack
 from .avss import check_eps
+from .loss import check_causal
 from .registry import OURS
 from .results import LayerScores
 
@@ -166,6 +168,10 @@ def _measure(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """`[sequences, layers, 4]` moments of the answers, and what they were measured on."""
     model = stack.model
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise LayerProbeError(f"{type(model).__name__} has weights on the meta device; load it into memory first.")
+    check_causal(model)
+    vocabulary = Vocabulary(model)
     moments, fingerprint = SequenceMoments(stack.num_layers, eps), Fingerprint(model)
     # Sequences of like length share a batch, so that little of it is padding.
     order = np.argsort([len(ids) for ids, _ in sequences], kind="stable")
@@ -179,6 +185,7 @@ def _measure(
             position = torch.arange(length)[None]
             moments.tokens = (position < lengths) & (position >= lengths - answers)
             batch = {"input_ids": ids, "attention_mask": (position < lengths).long()}
+            vocabulary.check(batch, start // batch_size)
             fingerprint.update(batch)
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             model(**inputs, use_cache=False, **one_logit(model, inputs))
