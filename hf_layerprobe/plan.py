@@ -148,7 +148,7 @@ class PruningPlan:
         """
         if Path(name_or_path).exists():
             return cls.load(name_or_path)
-        if not is_repo_id(str(name_or_path)):
+        if not is_repo_id(str(name_or_path)) or str(name_or_path).endswith(".json"):
             raise LayerProbeError(
                 f"No pruning plan at {str(name_or_path)!r}: there is no such file or folder, and it is no Hub id ('user/name')."
             )

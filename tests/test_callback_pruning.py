@@ -21,6 +21,7 @@ from hf_layerprobe import (
     PruningError,
     PruningPlan,
     find_stacks,
+    plan_pruning,
     prune_layers,
     score_layers,
 )
@@ -398,3 +399,30 @@ def test_adapters(make_trainer, how):
 def test_train_end_refusals(arguments, message):
     with pytest.raises(LayerProbeError, match=message):
         PruneOnTrainEndCallback(**arguments)
+
+
+@pytest.mark.parametrize("when", ["end", "during"])
+def test_angular_distance_removes_a_block(make_trainer, when):
+    """As for a plan, even where two single layers turn the stream less."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for layer in (model.model.layers[0], model.model.layers[2]):
+            layer.self_attn.o_proj.weight.mul_(0.01)
+            layer.mlp.down_proj.weight.mul_(0.01)
+    if when == "end":
+        callback = PruneOnTrainEndCallback(num_layers=2, by="angular")
+    else:
+        callback = ProgressivePruningCallback({2: 2}, by="angular")
+    trainer = make_trainer(callback, model=model)
+    batches = list(trainer.get_eval_dataloader())
+    wanted = plan_pruning(model, batches, num_layers=2, by="angular").remove
+    trainer.train()
+    if when == "during":
+        first, second = callback.removed[2]
+        assert second == first + 1
+        return
+    assert callback.plan.remove == wanted and wanted[1] == wanted[0] + 1
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert (
+        callback.plan.data["calibration"] == callback.plan.scores["data"] == {"tokens": tokens, "batches": len(batches)}
+    )

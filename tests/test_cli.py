@@ -11,7 +11,7 @@ from tiny import TEXT, tiny_folder
 from transformers import AutoModelForCausalLM, JambaConfig, JambaForCausalLM
 from typer.testing import CliRunner
 
-from hf_layerprobe import PruningPlan, __version__, evaluate_model
+from hf_layerprobe import PruningPlan, __version__, evaluate_model, plan_pruning
 from hf_layerprobe.cli import app
 from hf_layerprobe.cli.inputs import halves
 from hf_layerprobe.cli.outputs import number, ranges, strict
@@ -330,3 +330,20 @@ def test_an_unknown_repair_is_said_before_any_work(model, tmp_path, monkeypatch)
     monkeypatch.setattr("hf_layerprobe.cli.inputs.open_model", lambda *_: pytest.fail("the model was opened"))
     found = run("prune", model, "--num-layers", 1, "--repair", "nonsense", "--output", tmp_path / "smaller", code=2)
     assert "repair='nonsense' is not known" in found.output
+
+
+def test_every_stack_is_reported(tmp_path):
+    folder, plan = tiny_folder(tmp_path / "t5", "t5"), tmp_path / "plan.json"
+    plan_pruning(load_model(folder), remove={"encoder.block": [1], "decoder.block": [2, 3]}).save(plan)
+    found = json.loads(run("prune", folder, "--plan", plan, "--output", tmp_path / "one", "--json").stdout)
+    assert {each["stack"]: each["remove"] for each in found["stacks"]} == {
+        "encoder.block": [1],
+        "decoder.block": [2, 3],
+    }
+    shown = run("prune", folder, "--plan", plan, "--output", tmp_path / "two").stdout
+    assert "encoder.block" in shown and "decoder.block" in shown
+
+
+def test_a_misspelled_plan_is_no_repository(model, tmp_path):
+    found = run("prune", model, "--plan", "plam.json", "--output", tmp_path / "small", code=2)
+    assert "No pruning plan at 'plam.json'" in " ".join(found.output.split())

@@ -320,7 +320,7 @@ class LayerProbeCallback(TrainerCallback, ExportableState):
             return []
         for name in passes.scores:
             try:
-                values = passes.values(name)
+                values = passes.result(name).values
             except LayerProbeError as error:  # no reason to end a training
                 logger.warning_once(f"{name} is not logged: {error}")
                 continue

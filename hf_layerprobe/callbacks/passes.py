@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.state import GradientState
 from torch import distributed, nn
@@ -17,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from ..activations import LayerStream
 from ..activations.processes import add_up
+from ..activations.run import TokenCount
+from ..scores import LayerScores
 from ..scores.registry import Score
 from ..stacks import LayerStack
 
@@ -45,7 +46,8 @@ class Passes:
 
     def reset(self) -> None:
         # Scores that read the same statistics share them.
-        self._counted = {score.make: score.make(self.stack.num_layers) for score in self.scores.values()}
+        made = {score.make: score.make(self.stack.num_layers) for score in self.scores.values()}
+        self._counted = {TokenCount: TokenCount(), **made}
         self._latest: dict[str, Any] | None = None  # `_counted` and the latest pass
         self.seen = self.missed = 0
         self._loader: DataLoader | None = None
@@ -95,14 +97,18 @@ class Passes:
         self.seen, self.missed = (sum(each) for each in zip(*counts, strict=True))
         add_up(list(self._counted.values()))
 
-    def values(self, name: str) -> np.ndarray:
+    def result(self, name: str) -> LayerScores:
         """A score of what has been counted, by all processes together.
 
         Raises:
             LayerProbeError: It cannot be had of these layers, or of so few tokens.
         """
         score = self.scores[name]
-        return score.read(self._counted[score.make])[0]
+        values, details = score.read(self._counted[score.make])
+        used = {"tokens": int(self._counted[TokenCount].tokens.value), "batches": self.seen}
+        return LayerScores(
+            score.name, values, score.higher_is_more_important, self.stack.path, score.source, details, used
+        )
 
 
 def around(owner: Any, name: str, context: Callable[[], AbstractContextManager]) -> Callable[[], None]:

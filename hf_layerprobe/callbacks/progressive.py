@@ -18,11 +18,12 @@ from transformers.utils import logging
 
 from ..errors import LayerProbeError
 from ..modes import in_own_precision
+from ..scores import LayerScores
 from ..scores.registry import get_score
 from ..scores.run import ALIASES
+from ..search.choose import least_important
 from ..stacks import resolve_stack
 from ..stacks.adapters import base_modules, is_peft_model
-from ..stacks.admissible import least_worth
 from ..surgery.in_place import prune_in_place
 from .measurement import PREFIX
 from .passes import Passes, around
@@ -170,17 +171,18 @@ class ProgressivePruningCallback(TrainerCallback, ExportableState):
 
     def _prune(self, model: nn.Module, number: int) -> tuple[list[int], list[nn.Parameter]]:
         found = resolve_stack(model, self.stack)
-        if not self._score.needs_data:
-            values = self._score.make(found)[0]
+        score = self._score
+        if not score.needs_data:
+            values, details = score.make(found)
+            scores = LayerScores(score.name, values, score.higher_is_more_important, found.path, score.source, details)
         elif self._passes.missed or not self._passes.seen:
             raise LayerProbeError(f"{self.by} could not be measured on {self._passes.missed} of the batches before.")
         else:
-            values = self._passes.values(self.by)
-        if not np.isfinite(values).all():
-            bad = np.flatnonzero(~np.isfinite(values)).tolist()
+            scores = self._passes.result(self.by)
+        if not np.isfinite(scores.values).all():
+            bad = np.flatnonzero(~np.isfinite(scores.values)).tolist()
             raise LayerProbeError(f"{self.by} is not finite for layers {bad} of {found.path!r}.")
-        importance = values if self._score.higher_is_more_important else -values
-        removed, note = least_worth(found, importance.tolist(), number)
+        removed, note = least_important(found, scores, number)
         with in_own_precision(model):
             gone = prune_in_place(found, removed, verify=self.verify)
         numbers = [self._layers[layer] for layer in removed]

@@ -18,11 +18,10 @@ from ..errors import LayerProbeError
 from ..modes import in_own_precision
 from ..plan import PruningPlan, plan_pruning, requested
 from ..prune import prune_layers
-from ..scores import LayerScores
 from ..scores.registry import get_score
 from ..scores.run import ALIASES
+from ..search.choose import least_important
 from ..stacks import LayerStack, bypassed, resolve_stack
-from ..stacks.admissible import least_worth
 from .measurement import PREFIX
 from .passes import Passes
 from .settings import drop_twins
@@ -141,16 +140,13 @@ class PruneOnTrainEndCallback(TrainerCallback):
             return plan_pruning(stack.model, ratio=self.ratio, num_layers=self.num_layers, by=self.by, stack=stack)
         if passes.missed or not passes.seen:
             raise LayerProbeError(f"{self.by} could not be measured on {passes.missed} of the evaluation's batches.")
-        values = passes.values(self.by)
-        if not np.isfinite(values).all():
-            bad = np.flatnonzero(~np.isfinite(values)).tolist()
+        scores = passes.result(self.by)
+        if not np.isfinite(scores.values).all():
+            bad = np.flatnonzero(~np.isfinite(scores.values)).tolist()
             raise LayerProbeError(f"{self.by} is not finite for layers {bad} of {stack.path!r}.")
-        score = self._score
-        scores = LayerScores(score.name, values, score.higher_is_more_important, stack.path, score.source)
-        number = requested(stack.num_layers, self.ratio, self.num_layers)
-        removed, note = least_worth(stack, scores.importance.tolist(), number)
+        removed, note = least_important(stack, scores, requested(stack.num_layers, self.ratio, self.num_layers))
         plan = plan_pruning(stack.model, remove=removed, stack=stack)
-        return replace(plan, by=score.name, scores=scores.to_dict(), note=note)
+        return replace(plan, by=scores.name, scores=scores.to_dict(), note=note, data={"calibration": scores.data})
 
 
 class _Counts(TrainerCallback):

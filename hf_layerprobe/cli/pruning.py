@@ -167,6 +167,7 @@ def prune(
                 "remove": chosen.remove,
                 "keep": chosen.keep,
                 "by": chosen.by,
+                "stacks": [{"stack": part.stack, "remove": part.remove, "keep": part.keep} for part in chosen.parts],
                 "parameters": {"before": sizes[0], "after": sizes[1]},
                 "loss": measured,
                 "repair": done or None,
@@ -174,7 +175,7 @@ def prune(
             }
         )
     rows = [
-        ("layers", str(chosen.num_layers), str(len(chosen.keep))),
+        *((f"layers of {part.stack}", str(part.num_layers), str(len(part.keep))) for part in chosen.parts),
         ("parameters", f"{sizes[0]:,}", f"{sizes[1]:,}"),
     ]
     if measured:
@@ -182,7 +183,8 @@ def prune(
     if done:
         losses = done["held_out_loss"]
         rows.append(("repair, held-out loss", number(losses["pruned"]), number(losses["repaired"])))
-    title = f"Removed {ranges(chosen.remove)} by {chosen.by}; verified"
+    removed = " and ".join(f"{ranges(part.remove)} of {part.stack}" for part in chosen.parts)
+    title = f"Removed {removed} by {chosen.by}; verified"
     if done:
         title += f"; {repair} repair {'kept' if done['kept'] else 'undone, since the loss did not improve'}"
     show_table(title, ("", "before", "after"), rows, note)
@@ -216,7 +218,7 @@ def _check_loss(name, model, pruned, plan, text, column, max_tokens, limit) -> d
     increase = after / before - 1
     if not increase <= limit:
         raise VerificationError(
-            f"Without layers {list(plan.remove)} the mean token loss rises from {before:.3f} to {after:.3f} nats, by "
+            f"Without layers {' and '.join(f'{list(part.remove)} of {part.stack}' for part in plan.parts)} the mean token loss rises from {before:.3f} to {after:.3f} nats, by "
             f"{increase:.1%}; --max-loss-increase allows {limit:.1%}. No model was kept. Remove fewer layers, or choose "
             "them by another rule."
         )

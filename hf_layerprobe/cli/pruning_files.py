@@ -43,7 +43,10 @@ def prune_files(
     )  # fmt: skip
     done = PruningPlan.load(output)
     if as_json:
-        return show_json({"output": str(output), "remove": done.remove, "keep": done.keep, "verified": verify})
+        stacks = [{"stack": part.stack, "remove": part.remove, "keep": part.keep} for part in done.parts]
+        return show_json(
+            {"output": str(output), "remove": done.remove, "keep": done.keep, "stacks": stacks, "verified": verify}
+        )
     for part in done.parts:
         typer.echo(f"Removed {ranges(part.remove)} of {part.stack}{'; verified' if verify else ''}")
     typer.echo(f"Model written to {output}")

@@ -37,7 +37,9 @@ def push(
     from .outputs import show_json, show_table
 
     if message is None and (folder / PLAN_FILE).is_file():
-        message = f"Remove layers {list(PruningPlan.load(folder).remove)}"
+        parts = PruningPlan.load(folder).parts
+        each = [f"{list(part.remove)}{f' of {part.stack}' if len(parts) > 1 else ''}" for part in parts]
+        message = f"Remove layers {' and '.join(each)}"
     sent = push_model(
         folder, repo_id, private=private, revision=revision, commit_message=message, exist_ok=exist_ok, dry_run=dry_run
     )

@@ -91,11 +91,11 @@ def choose(stack: LayerStack, data: Any, number: int, by: str, tokenizer, option
         scores = combined(*parts)
     else:
         scores = score_layers(stack.model, data, by=by, stack=stack, tokenizer=tokenizer, **options)
-    removed, note = _least_important(stack, scores, number)
+    removed, note = least_important(stack, scores, number)
     return Choice(tuple(removed), scores.name, note, scores, data={"calibration": scores.data} if scores.data else {})
 
 
-def _least_important(stack: LayerStack, scores: LayerScores, number: int) -> tuple[list[int], str]:
+def least_important(stack: LayerStack, scores: LayerScores, number: int) -> tuple[list[int], str]:
     """The least important layers that can go together, and why they are others than the lowest ones."""
     lowest = scores.least_important(number)
     if not isinstance(stack.model, PreTrainedModel):  # scores can be had of anything, and plans for it made by hand
@@ -199,6 +199,6 @@ def _by_score(stack: LayerStack, calibration: Sequence[str], number: int, tokeni
     choices = []
     for name in AUTO_RULES:
         if name in scores:
-            removed, note = _least_important(stack, scores[name], number)
+            removed, note = least_important(stack, scores[name], number)
             choices.append(Choice(tuple(removed), name, note, scores[name]))
     return choices
