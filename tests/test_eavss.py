@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from matplotlib.image import imread
 from test_activation_scores import FakeTokenizer, recorded
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 from hf_layerprobe import LayerProbeError, eavss
 from hf_layerprobe.report import difference_plot
@@ -132,3 +132,17 @@ def test_unusable_pairs(pairs, message):
 def test_unusable_options(options, message):
     with pytest.raises(LayerProbeError, match=message):
         eavss(tiny_model("llama"), PAIRS, FakeTokenizer(), **options)
+
+
+def test_models_and_tokenizers_that_do_not_fit():
+    pairs = [{"prompt": "a", "factual": "b c", "hallucinated": "d e"}] * 2
+    with pytest.raises(LayerProbeError, match="T5ForConditionalGeneration is an encoder-decoder model; pass a decoder"):
+        eavss(tiny_model("t5"), pairs, tokenizer=tiny_tokenizer())
+    model = tiny_model("llama")
+    model.resize_token_embeddings(10)
+    with pytest.raises(LayerProbeError, match="token"):
+        eavss(model, pairs, tokenizer=tiny_tokenizer())
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    with pytest.raises(LayerProbeError, match="meta device"):
+        eavss(empty, pairs, tokenizer=tiny_tokenizer())

@@ -162,12 +162,12 @@ def _put_back(model: PreTrainedModel) -> Iterator[None]:
     """Within the context, a Trainer may do to a model what it does; afterwards all but the weights is as it was."""
     own = {name: vars(model)[name] for name in ATTRIBUTES if name in vars(model)}
     cache = {name: value for name, value in vars(model.config).items() if name == "use_cache"}
-    checkpointing = model.is_gradient_checkpointing
+    checkpointing = [(m, m.gradient_checkpointing) for m in model.modules() if hasattr(m, "gradient_checkpointing")]
     try:
         yield
     finally:
-        if model.is_gradient_checkpointing and not checkpointing:
-            model.gradient_checkpointing_disable()
+        for module, flag in checkpointing:
+            module.gradient_checkpointing = flag
         if HOOKS[0] in vars(model) and HOOKS[0] not in own:
             model.disable_input_require_grads()
         for name in ATTRIBUTES:

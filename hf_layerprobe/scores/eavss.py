@@ -21,7 +21,6 @@ from ..precision import widest
 from ..progress import progress
 from ..stacks import LayerStack, resolve_stack
 from .avss import check_eps
-from .loss import check_causal
 from .registry import OURS
 from .results import LayerScores
 
@@ -170,7 +169,10 @@ def _measure(
     model = stack.model
     if any(parameter.is_meta for parameter in model.parameters()):
         raise LayerProbeError(f"{type(model).__name__} has weights on the meta device; load it into memory first.")
-    check_causal(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise LayerProbeError(
+            f"eavss reads prompt and answer as one text, and {type(model).__name__} is an encoder-decoder model; pass a decoder."
+        )
     vocabulary = Vocabulary(model)
     moments, fingerprint = SequenceMoments(stack.num_layers, eps), Fingerprint(model)
     # Sequences of like length share a batch, so that little of it is padding.
