@@ -103,6 +103,7 @@ def _train_adapter(model: PreTrainedModel, settings: Lora, run: Run, improves: I
         if not kept:
             _restore(before)
         adapted.unload()
+        vars(model).pop("peft_config", None)  # PEFT left it there in earlier versions
     return kept
 
 
