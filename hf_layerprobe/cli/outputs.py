@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from .. import PruningPlan
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str | None = None) -> None:
@@ -44,6 +47,16 @@ def ranges(layers: Iterable[int]) -> str:
     runs = groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])
     parts = [[layer for _, layer in run] for _, run in runs]
     return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def removed(plan: PruningPlan) -> str:
+    """The removed layers of every stack, in words."""
+    return " and ".join(f"{ranges(part.remove)} of {part.stack}" for part in plan.parts)
+
+
+def stacks(plan: PruningPlan) -> list[dict[str, Any]]:
+    """The removed and kept layers of every stack, for JSON."""
+    return [{"stack": part.stack, "remove": part.remove, "keep": part.keep} for part in plan.parts]
 
 
 def number(value: float) -> str:

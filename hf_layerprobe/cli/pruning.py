@@ -127,7 +127,7 @@ def prune(
     from ..files import check_new_folder, new_folder
     from ..repair import repair_config
     from .inputs import halves, note_on, open_model, read_texts
-    from .outputs import number, ranges, show_json, show_table
+    from .outputs import number, removed, show_json, show_table, stacks
 
     check_new_folder(output)
     if repair is not None:
@@ -167,7 +167,7 @@ def prune(
                 "remove": chosen.remove,
                 "keep": chosen.keep,
                 "by": chosen.by,
-                "stacks": [{"stack": part.stack, "remove": part.remove, "keep": part.keep} for part in chosen.parts],
+                "stacks": stacks(chosen),
                 "parameters": {"before": sizes[0], "after": sizes[1]},
                 "loss": measured,
                 "repair": done or None,
@@ -183,8 +183,7 @@ def prune(
     if done:
         losses = done["held_out_loss"]
         rows.append(("repair, held-out loss", number(losses["pruned"]), number(losses["repaired"])))
-    removed = " and ".join(f"{ranges(part.remove)} of {part.stack}" for part in chosen.parts)
-    title = f"Removed {removed} by {chosen.by}; verified"
+    title = f"Removed {removed(chosen)} by {chosen.by}; verified"
     if done:
         title += f"; {repair} repair {'kept' if done['kept'] else 'undone, since the loss did not improve'}"
     show_table(title, ("", "before", "after"), rows, note)
@@ -210,6 +209,7 @@ def _check_loss(name, model, pruned, plan, text, column, max_tokens, limit) -> d
     """Mean token loss before and after, on text that neither plan nor repair has seen."""
     from .. import evaluate_model
     from .inputs import first_tokens, halves, open_tokenizer, read_texts
+    from .outputs import removed
 
     tokenizer = open_tokenizer(name)
     texts = first_tokens(halves(read_texts(text, column))[1], tokenizer, max_tokens)
@@ -218,7 +218,7 @@ def _check_loss(name, model, pruned, plan, text, column, max_tokens, limit) -> d
     increase = after / before - 1
     if not increase <= limit:
         raise VerificationError(
-            f"Without layers {' and '.join(f'{list(part.remove)} of {part.stack}' for part in plan.parts)} the mean token loss rises from {before:.3f} to {after:.3f} nats, by "
+            f"Without layers {removed(plan)} the mean token loss rises from {before:.3f} to {after:.3f} nats, by "
             f"{increase:.1%}; --max-loss-increase allows {limit:.1%}. No model was kept. Remove fewer layers, or choose "
             "them by another rule."
         )

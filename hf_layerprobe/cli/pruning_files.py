@@ -34,7 +34,7 @@ def prune_files(
     """
     from .. import PruningPlan, prune_checkpoint
     from .inputs import layer_list
-    from .outputs import ranges, show_json
+    from .outputs import ranges, show_json, stacks
 
     made = PruningPlan.from_pretrained(plan) if plan is not None else None
     prune_checkpoint(
@@ -43,10 +43,8 @@ def prune_files(
     )  # fmt: skip
     done = PruningPlan.load(output)
     if as_json:
-        stacks = [{"stack": part.stack, "remove": part.remove, "keep": part.keep} for part in done.parts]
-        return show_json(
-            {"output": str(output), "remove": done.remove, "keep": done.keep, "stacks": stacks, "verified": verify}
-        )
+        about = {"remove": done.remove, "keep": done.keep, "stacks": stacks(done)}
+        return show_json({"output": str(output), **about, "verified": verify})
     for part in done.parts:
         typer.echo(f"Removed {ranges(part.remove)} of {part.stack}{'; verified' if verify else ''}")
     typer.echo(f"Model written to {output}")

@@ -84,16 +84,17 @@ class SetLosses:
     def measure(self, sets: Iterable[Iterable[int]], *, desc: str = "Measuring sets") -> dict[Removed, float]:
         """The losses of these sets, infinite where a sum overflows; of none that is not yet known once the time is up."""
         wanted = {tuple(sorted(each)) for each in sets}
-        new = sorted(wanted - self.known.keys())
         # Those that agree longest from the first layer on come next to each other.
-        new.sort(key=lambda removed: [layer in removed for layer in range(self.stack.num_layers)])
+        depths = range(self.stack.num_layers)
+        new = sorted(wanted - self.known.keys(), key=lambda removed: [layer in removed for layer in depths])
         size = len(new) if self.deadline is None and self._file is None else AT_A_TIME
-        with progress(desc=desc, total=len(new) * len(self.batches), unit="set") as bar:
-            for start in range(0, len(new), max(size, 1)):
-                if self.out_of_time:
-                    break
-                self._measure(new[start : start + size], bar)
-                self._save()
+        if new:
+            with progress(desc=desc, total=len(new) * len(self.batches), unit="set") as bar:
+                for start in range(0, len(new), size):
+                    if self.out_of_time:
+                        break
+                    self._measure(new[start : start + size], bar)
+                    self._save()
         return {each: self.known[each] for each in sorted(wanted) if each in self.known}
 
     def first_look(self, tokens: int) -> SetLosses:
