@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,12 +90,17 @@ def prune_layers(
         repair = repair_config(repair)
         if data is None:
             raise LayerProbeError("A repair is fitted to data: pass data= (and tokenizer= for texts).")
+        if isinstance(data, Iterator):  # the rule would use it up
+            raise LayerProbeError(
+                f"data is a {type(data).__name__}, which can be read once, but the rule and the repair of each stack read it. Pass "
+                "a list: data=list(data)."
+            )
     if push_to_hub and not (repo_id and output_dir):
         raise LayerProbeError("push_to_hub=True needs repo_id= ('user/name') and output_dir= (the folder to upload).")
     if output_dir is not None:
         check_new_folder(Path(output_dir))
     if push_to_hub:
-        check_push(repo_id, revision=revision, token=token)
+        repo_id = check_push(repo_id, revision=revision, token=token).repo_id  # with the account, for cards and configs
     elif given := [
         name
         for name, value in (("private", private), ("revision", revision), ("repo_id", repo_id))

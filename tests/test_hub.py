@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -119,6 +120,19 @@ def test_prune_and_push_then_load_by_id(hub, tmp_path, caplog):
     assert not any(had_token for _, path, had_token in hub.requests if path.startswith("/storage/"))
     assert not any(TOKEN.encode() in data for folder in (tmp_path, hub.home) for data in contents(folder).values())
     assert not any(str(tmp_path).encode() in data or str(Path.home()).encode() in data for data in sent.values())
+
+
+def test_a_name_without_its_owner(hub, tmp_path):
+    """The card and the adapters' configs name the model as others find it."""
+    model = tiny_model("llama")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    prune_layers(
+        adapted, remove=[1], output_dir=tmp_path / "out", push_to_hub=True, repo_id="small", token=TOKEN
+    )  # fmt: skip
+    sent = hub.repos["ada/small"].commits[hub.repos["ada/small"].branches["main"]]
+    assert b'from_pretrained("ada/small")' in sent["README.md"]
+    config = json.loads(sent["adapters/default/adapter_config.json"])
+    assert config["base_model_name_or_path"] == "ada/small"
 
 
 def test_a_hub_id_as_input(hub, tmp_path):

@@ -93,11 +93,37 @@ def test_whatever_lies_beside_the_weights(tmp_path):
     base = tiny_folder(tmp_path / "in")
     for name in ("LICENSE", "pytorch_model.bin", ".secret", "chat_template.jinja"):
         (base / name).write_text(name)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    (base / "trainer_state.json").write_text('{"best_model_checkpoint": "/home/ada/run"}')
     prune_checkpoint(base, remove=[1], output_dir=tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"LICENSE", "chat_template.jinja", "tokenizer.json", "generation_config.json"} <= names
-    assert not {"pytorch_model.bin", ".secret"} & names
+    assert not {"pytorch_model.bin", ".secret", "trainer_state.json"} & names
+    assert tf.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template["tools"] == "tools"
     assert tf.AutoTokenizer.from_pretrained(tmp_path / "out")("abc") == tf.AutoTokenizer.from_pretrained(base)("abc")
+
+
+@pytest.mark.parametrize(
+    ("remove", "left"),
+    [
+        ({"model.decoder.layers": [1]}, [[1, 0], [2, 1]]),
+        ({"model.decoder.layers": [0], "model.encoder.layers": [1]}, [[0, 3], [1, 0], [2, 1]]),
+        ({"model.encoder.layers": [1]}, [[1, 3], [2, 0], [3, 1]]),
+        ({"model.decoder.layers": [1, 2, 3]}, None),
+    ],
+)
+def test_alignment_heads_follow_their_layers(remove, left, tmp_path):
+    """Pairs of decoder layer and head, which Whisper's token timestamps are read from."""
+    model = tiny_model("whisper")
+    model.generation_config = tf.GenerationConfig(decoder_start_token_id=1, alignment_heads=[[1, 3], [2, 0], [3, 1]])
+    model.save_pretrained(tmp_path / "in")
+    prune_checkpoint(tmp_path / "in", remove=remove, output_dir=tmp_path / "out")
+    from_files = tf.GenerationConfig.from_pretrained(tmp_path / "out")
+    for config in (from_files, prune_layers(model, remove=remove).generation_config):
+        assert getattr(config, "alignment_heads", None) == left
+        assert hasattr(config, "alignment_heads") == (left is not None)
+    assert model.generation_config.alignment_heads == [[1, 3], [2, 0], [3, 1]]
 
 
 def test_from_the_hub(hub, tmp_path):  # noqa: F811

@@ -337,6 +337,7 @@ def test_a_data_set_without_text():
             "repair='magic' is not known; expected one of 'closed-form', 'lora', 'finetune'",
         ),
         ("llama", None, "closed-form", "pass data="),
+        ("llama", iter(text_batches()), "closed-form", "which can be read once"),
         ("llama", text_batches(1), "closed-form", "makes 1 batch"),
         ("mixtral", text_batches(), "closed-form", "0 plain down matrices (a mixture of experts has none)"),
         ("gemma3", text_batches(), "closed-form", "does not add the output of its down matrix to the stream as it is"),

@@ -14,6 +14,7 @@ from ..stacks import LayerStack
 from ..stacks.admissible import expressible
 from ..stacks.edit import StackEdit, check_tensors, tensors
 from ..stacks.refusal import Refusal
+from .generation import renumber
 
 
 def build_pruned(stacks: Mapping[LayerStack, Sequence[int]]) -> PreTrainedModel:
@@ -44,6 +45,7 @@ def build_pruned(stacks: Mapping[LayerStack, Sequence[int]]) -> PreTrainedModel:
     _share_tensors(original, edit)
     if original.can_generate():
         pruned.generation_config = copy.deepcopy(original.generation_config)
+        renumber(vars(pruned.generation_config), original, edit.kept)
     _share_modes(original, edit)
     return pruned
 

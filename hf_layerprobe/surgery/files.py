@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CHAT_TEMPLATE_DIR, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import LayerProbeError, PruningError
 from ..files import check_new_folder, new_folder
@@ -31,6 +31,7 @@ from ..weights.conversion import find_sources
 from ..weights.rewrite import rewrite
 from ..weights.shards import Shards
 from .gate import verify as verify_pruned
+from .generation import renumber
 
 # Of what lies beside the weights, what describes them, and other formats of the same weights.
 NOT_COPIED = (
@@ -44,7 +45,7 @@ NOT_COPIED = (
     "*.h5",
     "*.msgpack",
 )
-NOT_COPIED += ("*.gguf", "*.onnx", "*.ot", "pruning_plan.json", "adapter_*")
+NOT_COPIED += ("*.gguf", "*.onnx", "*.ot", "pruning_plan.json", "adapter_*", "trainer_state.json")
 
 
 def prune_checkpoint(
@@ -105,7 +106,7 @@ def prune_checkpoint(
     if moved:
         raise PruningError(
             f"Without those layers {', '.join(sorted(moved)[:3])} has to be computed or to come from another layer, which is not "
-            "done on files; load the model: `prune_layers(load it, ...)`, or `prune` without `--without-loading`."
+            "done on files; load the model: `prune_layers(load it, ...)`, or `hf-layerprobe prune`."
         )
     shards = Shards(name, token=token)
     names = {path: _place(model, path, shards.keys) for path in edit.kept}
@@ -136,6 +137,10 @@ def prune_checkpoint(
             new_config.quantization_config = settings
         new_config.save_pretrained(folder)
         _copy_others(name, folder, token)
+        generation = folder / GENERATION_CONFIG_NAME
+        values = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+        if renumber(values, model, edit.kept):
+            generation.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         plan.save(folder)
 
         from ..report import write_card  # the last room: it stands behind this one
@@ -253,6 +258,8 @@ def _copy_others(name: str, folder: Path, token: str | bool | None) -> None:
     for path in source.iterdir():
         if path.is_file() and not path.name.startswith(".") and not any(path.match(pattern) for pattern in NOT_COPIED):
             shutil.copyfile(path, folder / path.name)
+    if (source / CHAT_TEMPLATE_DIR).is_dir():  # the one folder that belongs to a tokenizer
+        shutil.copytree(source / CHAT_TEMPLATE_DIR, folder / CHAT_TEMPLATE_DIR)
 
 
 def _renumbered(value: Any, renaming: _Renaming, model: PreTrainedModel) -> Any:
