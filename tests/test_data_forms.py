@@ -146,18 +146,23 @@ def test_speech(texts):
         assert scores.data["tokens"] == (3 * features.shape[-1] // 2 if "encoder" in stack.path else tokens)
 
 
-def test_sounds_of_different_lengths_are_padded_and_masked():
+@pytest.mark.parametrize("norm", ["layer", "group"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_sounds_of_different_lengths(norm, masked):
+    """With a mask they are padded; where padding would count, or enter a group norm, only equal lengths share a batch."""
     config = tf.Wav2Vec2Config(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, conv_dim=(16, 16),
         conv_stride=(20, 16), conv_kernel=(20, 16), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2, feat_extract_norm="layer", do_stable_layer_norm=True, vocab_size=32,
+        num_conv_pos_embedding_groups=2, feat_extract_norm=norm, do_stable_layer_norm=norm == "layer", vocab_size=32,
     )  # fmt: skip
     model = redrawn(tf.Wav2Vec2ForCTC(config))
-    extractor = tf.Wav2Vec2FeatureExtractor(return_attention_mask=True)
-    rows = [{"audio": {"array": sound, "sampling_rate": 16000}} for sound in SOUNDS]
-    one, together = (avss(model, rows, tokenizer=extractor, batch_size=size) for size in (1, 3))
+    extractor = tf.Wav2Vec2FeatureExtractor(return_attention_mask=masked)
+    rows = [{"audio": {"array": sound, "sampling_rate": 16000}} for sound in [*SOUNDS, SOUNDS[-1][::-1]]]
+    shapes = [tuple(batch["input_values"].shape) for batch in batches(rows, model, extractor, batch_size=3)]
+    assert shapes == ([(3, 5600), (1, 5600)] if masked and norm == "layer" else [(1, 4000), (1, 4800), (2, 5600)])
+    one, together = (avss(model, rows, tokenizer=extractor, batch_size=size) for size in (1, 4))
     assert one.data["tokens"] == together.data["tokens"]
-    np.testing.assert_allclose(one.values, together.values, rtol=0.02)
+    np.testing.assert_allclose(one.values, together.values, rtol=1e-5)
 
 
 def test_the_trainers_own_loader(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, groupby, islice
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ def media_batches(
     """What the processor makes of rows with images or audio, as the model takes it.
 
     An encoder-decoder model for speech gets the row's text as labels, and without one the token that starts its decoder.
+    Sounds whose padding would pass for sound are not padded: only those of one length that follow each other share a batch.
 
     Raises:
         LayerProbeError: No processor for the rows' modality, another sampling rate, or rows that it refuses.
@@ -30,20 +31,24 @@ def media_batches(
     samples = iter(samples)
     first = next(samples)
     prepare = _for_audio(model, processor) if first.audio else _for_images(model, processor)
-    group = [first, *islice(samples, batch_size - 1)]
     done = 0
-    while group:
+
+    def batch_of(rows: list[Sample]) -> Batch:
         try:
-            inputs = prepare(group, max_length)
+            inputs = prepare(rows, max_length)
         except LayerProbeError:
             raise
         except (TypeError, ValueError, AttributeError, IndexError) as error:
             raise LayerProbeError(
-                f"{type(processor).__name__} refuses rows {done} to {done + len(group) - 1} of the data: {error}"
+                f"{type(processor).__name__} refuses rows {done} to {done + len(rows) - 1} of the data: {error}"
             ) from error
-        yield _for_model(inputs, group, model)
-        done += len(group)
-        group = list(islice(samples, batch_size))
+        return _for_model(inputs, rows, model)
+
+    apart = bool(first.audio) and _hears_padding(model, processor, batch_of([first]))
+    for _, alike in groupby(chain([first], samples), lambda sample: len(sample.audio[0]) if apart else None):
+        while rows := list(islice(alike, batch_size)):
+            yield batch_of(rows)
+            done += len(rows)
 
 
 def _for_images(model: nn.Module, processor: Any):
@@ -75,8 +80,7 @@ def _for_audio(model: nn.Module, processor: Any):
     if rate is None:
         raise _no_processor("audio", processor)
     # Extractors that pad by themselves, as Whisper's to 30 seconds, are left to it.
-    padding = inspect.signature(extractor.__call__).parameters["padding"].default
-    pads = {} if padding else {"padding": True}
+    pads = {} if _own_padding(extractor) else {"padding": True}
     start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
 
     def prepare(group: list[Sample], max_length: int):
@@ -100,6 +104,19 @@ def _for_audio(model: nn.Module, processor: Any):
         return {**inputs, "labels": torch.tensor([row + [-100] * (longest - len(row)) for row in rows])}
 
     return prepare
+
+
+def _own_padding(extractor: Any) -> str | bool | None:
+    """How an extractor pads where it is not told."""
+    return inspect.signature(extractor.__call__).parameters["padding"].default
+
+
+def _hears_padding(model: nn.Module, processor: Any, batch: Batch) -> bool:
+    """Whether padding to the longest sound of a batch would count, or change what the model makes of the shorter ones."""
+    if _own_padding(getattr(processor, "feature_extractor", processor)) == "max_length":
+        return False  # it is the same in every batch, and what the model was trained on
+    # The statistics of a group norm are taken over time, the padding included.
+    return "attention_mask" not in batch or any(isinstance(module, nn.GroupNorm) for module in model.modules())
 
 
 def _texts(group: list[Sample], processor: Any) -> list[str] | None:
