@@ -165,6 +165,20 @@ def test_sounds_of_different_lengths(norm, masked):
     np.testing.assert_allclose(one.values, together.values, rtol=1e-5)
 
 
+def test_an_extractor_that_cannot_be_told_how_to_pad():
+    """The spectrograms of an Audio Spectrogram Transformer all have one length."""
+    part = dict(num_mel_bins=16, max_length=64)
+    config = tf.ASTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, patch_size=8, **part
+    )
+    model, extractor = redrawn(tf.ASTForAudioClassification(config)), tf.ASTFeatureExtractor(**part)
+    rows = [{"audio": {"array": sound, "sampling_rate": 16000}} for sound in SOUNDS]
+    (batch,) = batches(rows, model, extractor)
+    assert batch["input_values"].shape == (3, 64, 16)
+    one, together = (avss(model, rows, tokenizer=extractor, batch_size=size).values for size in (1, 3))
+    np.testing.assert_allclose(one, together, rtol=1e-5)
+
+
 def test_the_trainers_own_loader(tmp_path):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     rows = [dict(tokenizer(text)) for text in TEXTS]

@@ -107,8 +107,9 @@ def _for_audio(model: nn.Module, processor: Any):
 
 
 def _own_padding(extractor: Any) -> str | bool | None:
-    """How an extractor pads where it is not told."""
-    return inspect.signature(extractor.__call__).parameters["padding"].default
+    """How an extractor pads where it is not told; one that cannot be told makes all sounds equally long."""
+    padding = inspect.signature(extractor.__call__).parameters.get("padding")
+    return "max_length" if padding is None else padding.default
 
 
 def _hears_padding(model: nn.Module, processor: Any, batch: Batch) -> bool:
