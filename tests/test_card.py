@@ -105,7 +105,10 @@ def test_several_stacks_and_adapters(tmp_path):
     prune_layers(model, remove={"encoder.block": [1], "decoder.block": [2, 3]}, output_dir=tmp_path / "out")
     content = (tmp_path / "out" / "README.md").read_text()
     assert card_errors(content) == [] and "adapters/default" in content
-    assert "with 3 of the 4 layers in `encoder.block` and 3 of the 5 layers in `decoder.block`" in content
+    assert (
+        "it keeps 3 of the 4 layers in `encoder.block` and 3 of the 5 layers in `decoder.block` of the model before"
+        in content
+    )
     rows = numbers(content)
     assert ["removed (`encoder.block`)", "1"] in rows and ["kept (`decoder.block`)", "0, 1, 4"] in rows
 
@@ -158,18 +161,20 @@ def test_the_base_models_card_is_carried_over(hub, tmp_path):  # noqa: F811
         "base_model": "ada/base", "base_model_relation": "finetune",
     }  # fmt: skip
     content = (tmp_path / "small" / "README.md").read_text()
-    assert (
-        metadata(content) == expected
-        and "[ada/base](https://huggingface.co/ada/base) with 3 of the 4 layers" in content
-    )
+    assert metadata(content) == expected and "# base pruned to 3 layers" in content
     push_model(tmp_path / "small", "ada/small", token=TOKEN)
     assert ("POST", "/api/validate-yaml", True) in hub.requests
     ModelCard.load("ada/small").validate()
 
     prune_layers(
         tmp_path / "small", remove=[0], output_dir=tmp_path / "smaller"
-    )  # twice: the base is still that of the first
-    assert metadata((tmp_path / "smaller" / "README.md").read_text())["base_model"] == "ada/base"
+    )  # twice: the base is still that of the first, and has more layers than what was pruned now
+    again = (tmp_path / "smaller" / "README.md").read_text()
+    assert metadata(again)["base_model"] == "ada/base" and "# base pruned to 2 layers" in again
+    assert (
+        "A pruned model derived from [ada/base](https://huggingface.co/ada/base), made with hf_layerprobe: it keeps 2 of the 3 "
+        "layers in `model.layers` of the model before pruning."
+    ) in again
     prune_layers(base, remove=[1], output_dir=tmp_path / "local")
     local = (tmp_path / "local" / "README.md").read_text()
     assert metadata(local) == {k: v for k, v in expected.items() if not k.startswith("base_model")}

@@ -48,7 +48,8 @@ def model_card(
 
     Args:
         folder: The folder of the pruned model, with its `pruning_plan.json`.
-        base_model: Hub id of the model before pruning; by default the one in the folder's card.
+        base_model: Hub id of the model before pruning, or of one that it was derived from; by default the one in the folder's
+            card.
         results: Comparisons of [`evaluate_model`], [`evaluate_choices`] and the like by the name of the data that they were measured on. A name such as
             `"Salesforce/wikitext"` is taken as a data set's Hub id too.
         repo_id: Where the model will be on the Hub, for the examples.
@@ -133,8 +134,10 @@ def _render(
     class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures", ["the model"])[0]
     task, auto_class = _task(folder, class_name)
     base = base_model if isinstance(base_model, str) else None
-    counts = sum(len(part.keep) for part in plan.parts), sum(part.num_layers for part in plan.parts)
-    title = f"{base.split('/')[-1] if base else class_name}, {counts[0]} of {counts[1]} layers"
+    # Not "of so many": the model before pruning may have been tuned or pruned from the base before.
+    title = (
+        f"{base.split('/')[-1] if base else class_name} pruned to {sum(len(part.keep) for part in plan.parts)} layers"
+    )
     carried = {name: inherited.get(name) for name in INHERITED if inherited.get(name) is not None}
     if base_model:
         # The Hub knows finetune, adapter, merge and quantized; other weights of the same kind are listed as the first.
