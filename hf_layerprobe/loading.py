@@ -20,8 +20,8 @@ def load_model(name_or_path: str | Path, *, token: str | bool | None = None) -> 
         token: The token for the Hub, where the one of `hf auth login` or `HF_TOKEN` is not meant.
 
     Raises:
-        LayerProbeError: The config names no class, or one that Transformers does not have; or the model is quantised in a way
-            that does not run here.
+        LayerProbeError: There is no config that Transformers can read, or it names no class, or one that Transformers does
+            not have; or the model is quantised in a way that does not run here.
         OSError: No such folder or Hub id.
     """
     config, model_class = load_class(name_or_path, token=token)
@@ -47,9 +47,14 @@ def load_class(
                 f"There is no folder {str(name_or_path)!r}, and it is no Hub id. Name a folder that `save_pretrained` wrote, or an "
                 "id such as 'organisation/model'."
             ) from error
-    config = AutoConfig.from_pretrained(
-        name_or_path, token=token, trust_remote_code=False
-    )  # never asks, never runs its code
+    try:
+        # Never asks, never runs its code.
+        config = AutoConfig.from_pretrained(name_or_path, token=token, trust_remote_code=False)
+    except ValueError as error:
+        raise LayerProbeError(
+            f"Cannot open the checkpoint {str(name_or_path)!r}. Expected a folder that `save_pretrained` wrote, or the Hub id of a "
+            f"model in Transformers. Transformers says: {error}"
+        ) from error
     name = (config.architectures or [""])[0]
     model_class = getattr(transformers, name, None) if name else _class_by_task(str(name_or_path), config, token)
     if model_class is None:

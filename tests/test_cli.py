@@ -209,6 +209,7 @@ def test_eval_alone_and_beside_its_baseline(model, text, tmp_path):
         ),
         (["prune", "MODEL", "--output", "NEW", "--plan", "TEXT", "--text", "TEXT"], "leave out --text"),
         (["prune", "MODEL", "--remove", "1"], "--output"),
+        (["prune-files", "FULL", "--remove", "1", "--output", "NEW"], "Cannot open the checkpoint"),
         (["demo", "--output", "FULL"], "not an empty folder"),
         (["unknown"], "unknown"),
     ],

@@ -38,9 +38,7 @@ def open_checkpoint(
     is_folder = Path(name).is_dir()
     try:
         config, model_class = load_class(name)
-    except LayerProbeError:
-        raise
-    except (OSError, ValueError) as error:
+    except OSError as error:
         place = "" if is_folder else " (there is no such folder, so it was taken as a Hub id)"
         raise LayerProbeError(f"Cannot open the checkpoint {name!r}{place}: {error}") from error
     quantisation = find_quantisation(config)
