@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,8 @@ from .stacks.admissible import expressible
 from .weights.checksum import Read, sign_checksum
 
 logger = logging.get_logger(__name__)
+# JSON has no such numbers: in a plan's file they are text.
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ class PruningPlan:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "checksum": self.checksum()}, indent=2) + "\n"
+        """The plan as strict JSON, with `"NaN"`, `"Infinity"` and `"-Infinity"` as texts."""
+        content = json.loads(json.dumps(asdict(self)), parse_constant=str)
+        return json.dumps({**content, "checksum": self.checksum()}, indent=2, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> Path:
         """Writes the plan to a file, or as `pruning_plan.json` into an existing folder."""
@@ -120,7 +125,7 @@ class PruningPlan:
         if not path.is_file():
             raise LayerProbeError(f"No pruning plan at {path}.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = _with_numbers(json.loads(path.read_text(encoding="utf-8")))
             checksum = content.pop("checksum")
             plan = cls._from_dict(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -175,6 +180,15 @@ class PruningPlan:
                 f"{made_for[:12]}…, that of the layers of this {type(stack.model).__name__} is {found[:12]}…. Make a plan for this "
                 f"model, or remove the same layers by name: remove={list(self.remove)}."
             )
+
+
+def _with_numbers(content: Any) -> Any:
+    """What a plan's file holds, with the numbers that are text there."""
+    if isinstance(content, dict):
+        return {name: _with_numbers(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_with_numbers(value) for value in content]
+    return NOT_FINITE.get(content, content) if isinstance(content, str) else content
 
 
 def plan_pruning(

@@ -1,6 +1,8 @@
 """Plans: what is removed, by which rule, and that a stored plan is the plan."""
 
+import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -149,6 +151,28 @@ def test_a_stored_plan_is_the_plan(tmp_path, token_batches):
     path = plan.save(tmp_path)
     assert path.name == "pruning_plan.json"
     assert PruningPlan.load(tmp_path) == PruningPlan.load(path) == plan
+
+
+def test_a_stored_plan_is_strict_json(tmp_path):
+    """Attention layers that stand apart have no neighbour to compare q with, and a search meets sets without a finite loss."""
+    config = tf.Lfm2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, full_attn_idxs=[1, 3],
+    )  # fmt: skip
+    plan = plan_pruning(redrawn(tf.Lfm2ForCausalLM(config)), num_layers=1, by="docs")
+    candidates = [{"by": "last", "remove": [4], "held_out_loss": loss} for loss in (math.inf, -math.inf, 2.5)]
+    plan = dataclasses.replace(plan, candidates=candidates)
+    assert np.isnan(plan.scores["details"]["q"]).any()
+    path = plan.save(tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    stored = json.loads(path.read_text(), parse_constant=refuse)
+    assert [each["held_out_loss"] for each in stored["candidates"]] == ["Infinity", "-Infinity", 2.5]
+    loaded = PruningPlan.load(path)
+    assert loaded.candidates == candidates and loaded.checksum() == plan.checksum()
+    np.testing.assert_equal(loaded.scores, plan.scores)
 
 
 def test_a_changed_plan_is_refused(tmp_path):
