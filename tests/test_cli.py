@@ -104,9 +104,11 @@ def test_plan_writes_what_prune_reads(model, text, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").config.num_hidden_layers == 2
 
 
-def test_plan_json_is_the_plan(model):
+def test_plan_json_is_the_plan(model, text, tmp_path):
     content = json.loads(run("plan", model, "--keep", "0,3", "--json").stdout)
     assert content["remove"] == [1, 2] and content["by"] == "explicit"
+    options = ("plan", model, "--ratio", 0.5, "--by", "docs", "--text", text, "--output", tmp_path / "plan.json")
+    assert run(*options, "--json").stdout == (tmp_path / "plan.json").read_text()
 
 
 def test_rules_of_the_weights_read_no_text(model):

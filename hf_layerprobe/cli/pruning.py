@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +51,7 @@ def plan(
     - `hf-layerprobe plan ./my-model --by influence --num-layers 4 --text corpus.txt --output plan.json`
     """
     from .inputs import note_on, open_model
-    from .outputs import ranges, show_json, show_table
+    from .outputs import ranges, show_table
 
     made = _make_plan(
         model, open_model(model), text, column, by=by, ratio=ratio, num_layers=num_layers, remove=remove, keep=keep,
@@ -60,16 +59,15 @@ def plan(
     )  # fmt: skip
     if output is not None:
         made.save(output)
-    note = note_on(model)
     if as_json:
-        return show_json({**json.loads(made.to_json()), "note": note})
+        return typer.echo(made.to_json(), nl=False)  # as in a plan's file
     rows = [
         (candidate["by"], ranges(candidate["remove"]), f"{candidate['held_out_loss']:.3f}")
         for candidate in made.candidates
     ]
     title = f"Remove {len(made.remove)} of {made.num_layers} layers of {made.stack} by {made.by}"
     if rows:
-        show_table(f"{title}, the best of", ("rule", "removes", "loss on other text (nats)"), rows, note)
+        show_table(f"{title}, the best of", ("rule", "removes", "loss on other text (nats)"), rows, note_on(model))
     show_table(title, ("", "layers"), [("remove", ranges(made.remove)), ("keep", ranges(made.keep))])
     if output is not None:
         typer.echo(f"Plan written to {output}")
