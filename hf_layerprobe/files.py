@@ -38,20 +38,30 @@ def check_new_folder(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `path` when the context ends without an exception, and vanishes otherwise."""
+    """A temporary sibling that becomes `path` when the context ends without an exception, and vanishes otherwise.
+
+    Where `path` is an empty folder, what is in the temporary one is moved there: the folder may be where the user is, or a
+    mount, which cannot be replaced.
+    """
     check_new_folder(path)
-    path = path.resolve()  # a link is not renamed over, but the empty folder behind it is
+    path = path.resolve()  # a link is not renamed over
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    exists = path.exists()
+    temporary = Path(tempfile.mkdtemp(dir=path if exists else path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
         # mkdtemp and safetensors make what they write private.
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
+        if exists:
+            for file in sorted(
+                temporary.iterdir(), key=lambda file: file.name == "config.json"
+            ):  # last: then it is whole
+                file.rename(path / file.name)
+            temporary.rmdir()
+        else:
+            temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -296,6 +296,24 @@ def _plan_one(
     )
 
 
+def to_carry_out(plan: Any, *, token: str | bool | None = None) -> PruningPlan:
+    """A plan that is given as such, or by its file, folder or Hub id, without the record of what was repaired after it.
+
+    Raises:
+        PruningError: Something else.
+        LayerProbeError: See [`PruningPlan.from_pretrained`].
+    """
+    if isinstance(plan, (str, Path)):
+        plan = PruningPlan.from_pretrained(plan, token=token)
+    if not isinstance(plan, PruningPlan):
+        raise PruningError(
+            f"plan is a {type(plan).__name__}; expected a PruningPlan, or the file, folder or Hub id of one. To name layers, write "
+            "remove=[...] or keep=[...]."
+        )
+    parts = [replace(part, repair={}) for part in plan.parts]
+    return replace(parts[0], also=tuple(parts[1:]))
+
+
 def refuse_options(options: Mapping[str, Any], why: str) -> None:
     """Refuses options that would have no effect; most are misspelled names of others.
 

@@ -14,14 +14,14 @@ from .errors import LayerProbeError, PruningError
 from .files import check_new_folder, new_folder
 from .hub import check_push, push_model
 from .loading import load_model
-from .plan import PruningPlan, plan_pruning, refuse_options
+from .plan import PruningPlan, plan_pruning, refuse_options, to_carry_out
 from .repair import repair_config, repair_model
 from .stacks import LayerStack, resolve_stack
 from .stacks.adapters import base_of, is_peft_model
 from .surgery.adapters import each_adapter, load_adapters, save_adapters, with_adapters, without_adapters
 from .surgery.build import build_pruned, own_tensors
 from .surgery.gate import verify as verify_pruned
-from .surgery.prunable import check_prunable
+from .surgery.prunable import check_prunable, check_savable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def prune_layers(
     model: PreTrainedModel | PeftModel | str | Path,
-    plan: PruningPlan | None = None,
+    plan: PruningPlan | str | Path | None = None,
     *,
     remove: Iterable[int] | Mapping[str, Iterable[int]] | None = None,
     keep: Iterable[int] | Mapping[str, Iterable[int]] | None = None,
@@ -54,7 +54,8 @@ def prune_layers(
     Args:
         model: A model, or a folder or Hub id to load one from. The adapters of a `PeftModel` go along with their layers, into
             `output_dir/adapters/NAME`; those that are part of the model (`merge_and_unload()`) are pruned with it.
-        plan: A plan from [`plan_pruning`]; else the arguments of that function say what to remove.
+        plan: A plan from [`plan_pruning`], or the file, folder or Hub id of one; else the arguments of that function say what
+            to remove.
         remove: Layers to remove (0-based), or a dict of them by stack: `{"encoder.block": [1], "decoder.block": [2]}`.
         keep: Layers to keep (0-based), or a dict of them.
         ratio: Share of the layers to remove.
@@ -110,6 +111,8 @@ def prune_layers(
     if isinstance(model, (str, Path)):
         model = load_model(model, token=token)
     check_prunable(model)
+    if output_dir is not None:
+        check_savable(model)
     if plan is None:
         plan = plan_pruning(
             model, data, ratio=ratio, num_layers=num_layers, remove=remove, keep=keep, by=by, stack=stack,
@@ -121,6 +124,7 @@ def prune_layers(
         given = {"by": by if by != "auto" else None, "data": None if repair else data, "stack": stack}
         given = {name: value for name, value in given.items() if value is not None}
         refuse_options({**given, **options}, "the plan says what to remove")
+        plan = to_carry_out(plan, token=token)
     adapted = model if is_peft_model(model) else None
     if adapted and repair is not None:
         raise PruningError(

@@ -47,6 +47,13 @@ def test_in_place_is_the_same_model_as_a_new_one(family, path):
     assert state.keys() == wanted.keys() and all(torch.equal(state[name], wanted[name]) for name in wanted)
 
 
+def test_in_place_too_alignment_heads_follow_their_layers():
+    model = tiny_model("whisper")
+    model.generation_config.alignment_heads = [[1, 0], [4, 1]]
+    prune_in_place(next(stack for stack in find_stacks(model) if "decoder" in stack.path), [1])
+    assert model.generation_config.alignment_heads == [[3, 1]]
+
+
 def test_in_place_leaves_the_model_as_it_was_when_the_check_fails(monkeypatch):
     model = tiny_model("llama")
     before, config = list(model.named_modules()), model.config.to_dict()

@@ -81,7 +81,7 @@ def pruned(tmp_path_factory):
 def store(hub, name, folder, **options):
     """Puts a folder into a repository, without the client."""
     repo = hub.repos[name] = Repo(**options)
-    repo.commit("main", {path.name: path.read_bytes() for path in folder.iterdir()}, "initial commit")
+    repo.commit("main", contents(folder), "initial commit")
     return repo
 
 

@@ -43,6 +43,7 @@ CONFIGS = {
     "loha": LoHaConfig(target_modules=["o_proj"], r=2),
     "vera": VeraConfig(target_modules=["q_proj", "o_proj"], r=4),
     "bias and a saved head": LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["lm_head"], bias="lora_only"),
+    "single tokens": LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices=[3, 9]),
     "embeddings": LoraConfig(target_modules=["embed_tokens", "gate_proj"], r=2),
     "some layers": LoraConfig(target_modules=["q_proj"], layers_to_transform=[1, 2], layers_pattern="layers"),
     "one layer": LoraConfig(target_modules=["q_proj"], layers_to_transform=3),
@@ -117,6 +118,7 @@ def test_the_config_stays_as_short_as_it_was(tmp_path):
         return json.loads((tmp_path / name / "adapters" / "default" / "adapter_config.json").read_text())
 
     assert sorted(saved("lora")["target_modules"]) == ["down_proj", "q_proj"]
+    assert saved("bias and a saved head")["target_modules"] == ["q_proj"]
     some = saved("some layers")
     assert some["target_modules"] == ["q_proj"] and some["layers_to_transform"] == [1]
     ranks = saved("ranks by layer")["rank_pattern"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from accelerate import Accelerator
 from test_activation_scores import FakeTokenizer
 from tiny import FAMILIES, redrawn, tiny_model
 
@@ -218,10 +219,15 @@ def test_an_occupied_place_is_refused_and_left_alone(tmp_path, content):
     assert (out / "mine.txt" if content == "folder" else out).read_text() == "mine"
 
 
-def test_an_empty_folder_is_fine(tmp_path):
-    (tmp_path / "out").mkdir()
-    prune_layers(tiny_model("llama"), remove=[1], output_dir=tmp_path / "out")
-    assert (tmp_path / "out" / "config.json").is_file()
+def test_an_empty_folder_is_fine(tmp_path, monkeypatch):
+    """Also the one that the user is in, or a mount: it is written into, not replaced."""
+    out = tmp_path / "out"
+    out.mkdir()
+    before = out.stat().st_ino
+    monkeypatch.chdir(out)
+    prune_layers(tiny_model("llama"), remove=[1], output_dir=".")
+    assert out.stat().st_ino == before and Path("config.json").is_file()
+    assert not list(out.glob(".*")) and find_stacks(tf.AutoModelForCausalLM.from_pretrained("."))[0].num_layers == 3
 
 
 def test_a_failure_while_saving_leaves_nothing(tmp_path):
@@ -232,6 +238,46 @@ def test_a_failure_while_saving_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         prune_layers(tiny_model("llama"), remove=[1], output_dir=tmp_path / "out", tokenizer=Broken())
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="disk full"):
+        prune_layers(tiny_model("llama"), remove=[1], output_dir=tmp_path / "empty", tokenizer=Broken())
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_generation_config_that_cannot_be_saved(tmp_path):
+    """Found before any work, and nothing in memory minds it."""
+    model = tiny_model("llama")
+    model.generation_config = tf.GenerationConfig(do_sample=False, temperature=0.7)
+    with pytest.raises(PruningError, match=r"(?s)change model\.generation_config.*temperature"):
+        prune_layers(model, by="no rule", num_layers=1, output_dir=tmp_path / "out")
+    assert prune_layers(model, remove=[1]).generation_config.temperature == 0.7
+
+
+def test_a_model_that_accelerate_prepared_for_mixed_precision(tmp_path):
+    """Training under bf16 leaves an autocast around the model's forward; it is compared without, and gets it back."""
+    model = tiny_model("llama")
+    Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    prepared = vars(model)["forward"]
+    for folder in (None, tmp_path / "out"):
+        assert "forward" not in vars(prune_layers(model, remove=[1], output_dir=folder))
+    assert vars(model)["forward"] is prepared
+
+
+def test_how_it_runs_is_kept():
+    model = tiny_model("mixtral")
+    model.set_experts_implementation("eager")
+    model.gradient_checkpointing_enable()
+    pruned = prune_layers(model, remove=[1])
+    assert pruned.config._experts_implementation == "eager" and pruned.is_gradient_checkpointing
+    pruned.train()(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
+
+
+def test_a_plan_by_its_file_and_what_is_none(tmp_path):
+    model = tiny_model("llama")
+    path = plan_pruning(model, remove=[2]).save(tmp_path / "plan.json")
+    assert prune_layers(model, path).config.num_hidden_layers == 3
+    with pytest.raises(PruningError, match=r"plan is a list; expected a PruningPlan.*remove=\[\.\.\.\]"):
+        prune_layers(model, [2])
 
 
 def broken(kind):

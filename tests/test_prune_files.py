@@ -126,6 +126,33 @@ def test_alignment_heads_follow_their_layers(remove, left, tmp_path):
     assert model.generation_config.alignment_heads == [[1, 3], [2, 0], [3, 1]]
 
 
+def test_the_parts_of_a_sentence_transformer(hub, tmp_path):  # noqa: F811
+    base = tiny_folder(tmp_path / "in")
+    parts = [{"name": "0", "path": ""}, {"name": "1", "path": "1_Pooling"}, {"name": "2", "path": "2_Dense"}]
+    (base / "modules.json").write_text(json.dumps(parts))
+    for each, file in (("1_Pooling", "config.json"), ("2_Dense", "model.safetensors"), ("onnx", "model.onnx")):
+        (base / each).mkdir()
+        (base / each / file).write_text("{}")
+    store(hub, "ada/embeds", base)
+    for name, token in ((base, None), ("ada/embeds", TOKEN)):
+        out = tmp_path / f"out-{token}"
+        prune_checkpoint(name, remove=[1], output_dir=out, token=token)
+        assert (out / "1_Pooling" / "config.json").is_file() and (out / "2_Dense" / "model.safetensors").is_file()
+        assert (out / "modules.json").is_file() and not (out / "onnx").exists()
+
+
+def test_what_predicts_further_tokens_stays_behind_the_last_layer(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "in")
+    tensors = {key: tensor.clone() for key, tensor in load_file(tmp_path / "in" / "model.safetensors").items()}
+    further = {"model.layers.4.eh_proj.weight": torch.ones(2), "model.layers.5.eh_proj.weight": torch.zeros(2)}
+    save_file(tensors | further, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    prune_checkpoint(tmp_path / "in", remove=[0, 2], output_dir=tmp_path / "out")
+    found = stored(tmp_path / "out")
+    assert {int(key.split(".")[2]) for key in found if "layers" in key} == {0, 1, 2, 3}
+    assert found["model.layers.2.eh_proj.weight"].sum() == 2 and found["model.layers.3.eh_proj.weight"].sum() == 0
+
+
 def test_from_the_hub(hub, tmp_path):  # noqa: F811
     base = tiny_folder(tmp_path / "base")
     store(hub, "ada/base", base, private=True)

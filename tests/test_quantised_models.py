@@ -15,6 +15,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization import apply_quantization_config as apply_compression
 from compressed_tensors.quantization.utils import calculate_qparams
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_prune_files import stored
 from tiny import GQA, redrawn, tiny_folder, tiny_tokenizer
@@ -269,15 +270,37 @@ def test_a_quantisation_that_is_not_known(dense, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["re:.*layers[.]1[.]mlp.*", "layers.3.mlp", r"+:model\.layers\.(1|2)\..*"])
+@pytest.mark.parametrize(
+    "name", ["re:.*layers[.]1[.]mlp.*", "layers.3.mlp", r"+:model\.layers\.(1|2)\..*", r"-:.*\.[0-2]\..*gate.*"]
+)
 def test_layers_named_in_a_way_that_cannot_be_renumbered(name, dense, tmp_path):
     compressed_fp8(dense, tmp_path / "in")
     config = json.loads((tmp_path / "in" / "config.json").read_text())
-    config["quantization_config"]["ignore"] += ["re:.*layers.*norm", name]  # the first means all layers
+    # The first two mean all layers.
+    config["quantization_config"]["ignore"] += ["re:.*layers.*norm", r"re:.*\.\d+\.mlp\..*_proj", name]
     (tmp_path / "in" / "config.json").write_text(json.dumps(config))
     with pytest.raises(PruningError, match=f"name layers by {re.escape(repr(name))}.*new numbers"):
         prune_checkpoint(tmp_path / "in", remove=[1], output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_and_types_beside_the_weights(tmp_path):
+    """What each tensor is, torchao writes into the files' metadata by name; other tools have settings in files of their own."""
+    folder, types = tiny_folder(tmp_path / "in"), {"model.layers.0.mlp.up_proj.weight": "{}", "lm_head.weight": "{}"}
+    tensors = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()}
+    of_layer_2 = "model.layers.2.mlp.up_proj.weight"
+    metadata = {"format": "pt", "tensor_names": json.dumps([*types, of_layer_2]), **types, of_layer_2: "[]"}
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+    skipped = ["lm_head", "model.layers.0.mlp", "model.layers.2.mlp"]
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"exclude_modules": skipped}}))
+    prune_checkpoint(folder, remove=[0], output_dir=tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        found = file.metadata()
+    new = "model.layers.1.mlp.up_proj.weight"
+    assert found.pop("tensor_names") == json.dumps(["lm_head.weight", new])
+    assert found == {"format": "pt", "lm_head.weight": "{}", new: "[]"}
+    content = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
+    assert content == {"quantization": {"exclude_modules": ["lm_head", "model.layers.1.mlp"]}}
 
 
 def test_a_pruned_model_quantises_like_any_other(tmp_path):

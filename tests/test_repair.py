@@ -11,7 +11,7 @@ from peft import PeftModel
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_layerprobe import LayerProbeError, PruningPlan, plan_pruning, prune_layers
+from hf_layerprobe import LayerProbeError, PruningPlan, plan_pruning, prune_checkpoint, prune_layers
 from hf_layerprobe.repair import ClosedForm, Finetune, Lora, repair_model
 from hf_layerprobe.repair.closed_form import Track
 from hf_layerprobe.repair.healer import teacher_map
@@ -192,6 +192,11 @@ def test_prune_and_repair_in_one_call(tmp_path):
     assert not same(weights(pruned), weights(prune_layers(model, plan)))
     stored = PruningPlan.load(tmp_path / "model")
     assert stored.remove == plan.remove and stored.repair["kept"] and stored.repair["method"] == "closed-form"
+    # Carried out again without a repair, it is the record of none.
+    prune_layers(model, tmp_path / "model", output_dir=tmp_path / "again", verify=False)
+    model.save_pretrained(tmp_path / "in")
+    prune_checkpoint(tmp_path / "in", stored, output_dir=tmp_path / "files", verify=False)
+    assert not any(PruningPlan.load(tmp_path / name).repair for name in ("again", "files"))
     assert json.loads((tmp_path / "model" / "pruning_plan.json").read_text())["repair"]["settings"]["max_length"] == 512
     card = (tmp_path / "model" / "README.md").read_text()
     assert "`transformer.h` was repaired (`closed-form`)" in card and "Nothing was trained" not in card

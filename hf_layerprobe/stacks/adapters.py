@@ -19,6 +19,7 @@ def is_peft_model(model: Any) -> bool:
 
 def base_of(model: nn.Module) -> nn.Module:
     """The Transformers model in a `PeftModel`, its adapters still in it and active; any other model as it is."""
+    model = getattr(model, "_orig_mod", model)  # what `torch.compile` wraps; `model.compile()` wraps nothing
     return model.get_base_model() if is_peft_model(model) else model
 
 

@@ -104,6 +104,14 @@ UNRELATED_LISTS = frozenset(
         "id2label",
         "label2id",
         "mrope_section",
+        *(
+            "conv_dim",
+            "conv_kernel",
+            "conv_stride",
+            "tdnn_dim",
+            "tdnn_kernel",
+            "tdnn_dilation",
+        ),  # of sound, before or after
     ]
 )
 
@@ -141,6 +149,7 @@ def edited_config(
     edited.name_or_path = config.name_or_path
     for names, inner in nodes(config):  # outer ones first: theirs is handed down, also to parts that do not support it
         _at(edited, names)._attn_implementation = inner._attn_implementation
+        _at(edited, names)._experts_implementation = inner._experts_implementation
     _check_lists(binding.config_node(edited), node, own, num_layers)
     return edited
 

@@ -229,15 +229,18 @@ def load_adapters(base: PreTrainedModel, folder: Path, names: Sequence[str]) -> 
 
 def _renumbered(model: PeftModel, adapter: str, names: Renaming, pruned: PreTrainedModel) -> PeftConfig:
     """The config of an adapter for the pruned model: as it was written where that means the same, else module by module."""
-    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
     from peft.utils.other import get_pattern_key
 
     config = copy.deepcopy(model.peft_config[adapter])
     tuned = {}
     for old, _, around in base_modules(base_of(model)):
-        if adapter in getattr(around, "_get_available_adapters", set)() and (new := names.new(old)) is not None:
+        if not isinstance(around, BaseTunerLayer):  # what is trained whole, or by token, is named in fields of its own
+            continue
+        if adapter in around._get_available_adapters() and (new := names.new(old)) is not None:
             tuned[new] = around
-    if not tuned and not getattr(config, "modules_to_save", None):
+    whole = (getattr(config, field, None) for field in ("modules_to_save", "trainable_token_indices"))
+    if not tuned and not any(whole):
         raise PruningError(
             f"The adapter {adapter!r} is on removed layers only; kept are {', '.join(f'{list(k)} of {p!r}' for p, k in names.kept.items())}."
         )

@@ -14,7 +14,10 @@ from ..stacks import LayerStack
 from ..stacks.admissible import expressible
 from ..stacks.edit import StackEdit, check_tensors, tensors
 from ..stacks.refusal import Refusal
-from .generation import renumber
+from .generation import renumbered
+
+# Whether a layer is run again in the backward pass, and how.
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 def build_pruned(stacks: Mapping[LayerStack, Sequence[int]]) -> PreTrainedModel:
@@ -44,8 +47,8 @@ def build_pruned(stacks: Mapping[LayerStack, Sequence[int]]) -> PreTrainedModel:
     pruned = edit.model
     _share_tensors(original, edit)
     if original.can_generate():
-        pruned.generation_config = copy.deepcopy(original.generation_config)
-        renumber(vars(pruned.generation_config), original, edit.kept)
+        config = pruned.generation_config = copy.deepcopy(original.generation_config)
+        config.__dict__ = renumbered(vars(config), original, edit.kept)
     _share_modes(original, edit)
     return pruned
 
@@ -63,7 +66,9 @@ def own_tensors(model: PreTrainedModel) -> None:
 def _share_modes(original: PreTrainedModel, edit: StackEdit) -> None:
     modules = dict(original.named_modules(remove_duplicate=False))
     for name, module in edit.model.named_modules(remove_duplicate=False):
-        module.training = modules.get(edit.source(name), original).training
+        source = modules.get(edit.source(name), original)
+        module.training = source.training
+        vars(module).update({key: vars(source)[key] for key in CHECKPOINTING if key in vars(source)})
 
 
 def _share_tensors(original: PreTrainedModel, edit: StackEdit) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, GENERATION_CONFIG_NAME, SAFE_W
 from ..errors import LayerProbeError, PruningError
 from ..files import check_new_folder, new_folder
 from ..loading import check_runs, load_class
-from ..plan import PruningPlan, plan_pruning
+from ..plan import PruningPlan, plan_pruning, to_carry_out
 from ..progress import progress
 from ..stacks import LayerStack, resolve_stack
 from ..stacks.admissible import expressible
@@ -31,7 +31,7 @@ from ..weights.conversion import find_sources
 from ..weights.rewrite import rewrite
 from ..weights.shards import Shards
 from .gate import verify as verify_pruned
-from .generation import renumber
+from .generation import renumbered
 
 # Of what lies beside the weights, what describes them, and other formats of the same weights.
 NOT_COPIED = (
@@ -45,12 +45,15 @@ NOT_COPIED = (
     "*.h5",
     "*.msgpack",
 )
+# Quantisation settings beside the config, which name modules too.
+QUANTISATION_FILES = ("quantize_config.json", "hf_quant_config.json")
+MODULES_FILE = "modules.json"
 NOT_COPIED += ("*.gguf", "*.onnx", "*.ot", "pruning_plan.json", "adapter_*", "trainer_state.json")
 
 
 def prune_checkpoint(
     name_or_path: str | Path,
-    plan: PruningPlan | None = None,
+    plan: PruningPlan | str | Path | None = None,
     *,
     remove: Iterable[int] | Mapping[str, Iterable[int]] | None = None,
     keep: Iterable[int] | Mapping[str, Iterable[int]] | None = None,
@@ -67,7 +70,7 @@ def prune_checkpoint(
 
     Args:
         name_or_path: A folder, or a Hub id.
-        plan: A plan; else say what to remove.
+        plan: A plan, or the file, folder or Hub id of one; else say what to remove.
         remove: Layers to remove (0-based), or a dict of them by stack.
         keep: Layers to keep (0-based), or a dict of them.
         stack: Path of the stack; the main one by default.
@@ -98,6 +101,8 @@ def prune_checkpoint(
         plan = plan_pruning(model, remove=remove, keep=keep, stack=stack)
     elif remove is not None or keep is not None or stack is not None:
         raise PruningError("Pass a plan, or say what to remove; not both.")
+    else:
+        plan = to_carry_out(plan, token=token)
     stacks = [resolve_stack(model, part.stack) for part in plan.parts]
     for part, found in zip(plan.parts, stacks, strict=True):
         part.check_fits(found)  # their number: the values are in the files
@@ -109,12 +114,12 @@ def prune_checkpoint(
             "done on files; load the model: `prune_layers(load it, ...)`, or `hf-layerprobe prune`."
         )
     shards = Shards(name, token=token)
-    names = {path: _place(model, path, shards.keys) for path in edit.kept}
-    in_files = {names[path]: keep for path, keep in edit.kept.items()}
-    renaming = _Renaming(in_files)
+    in_files = {_place(model, path, shards.keys): path for path in edit.kept}
+    renaming = _Renaming(edit, in_files)
     _check_complete(model, edit, shards, renaming)
-    in_modules = {tuple(path.split(".")): keep for path, keep in edit.kept.items()}
-    settings = _renumbered(settings, _Renaming({**in_files, **in_modules}), model)
+    in_modules = {tuple(path.split(".")): path for path in edit.kept}
+    of_modules = _Renaming(edit, {**in_files, **in_modules})
+    settings = _renumbered(settings, of_modules, model)
     if verify:
         try:
             check_runs(config)
@@ -137,10 +142,9 @@ def prune_checkpoint(
             new_config.quantization_config = settings
         new_config.save_pretrained(folder)
         _copy_others(name, folder, token)
-        generation = folder / GENERATION_CONFIG_NAME
-        values = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
-        if renumber(values, model, edit.kept):
-            generation.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        _change(folder / GENERATION_CONFIG_NAME, lambda values: renumbered(values, model, edit.kept))
+        for file in QUANTISATION_FILES:
+            _change(folder / file, lambda values: _renumbered(values, of_modules, model))
         plan.save(folder)
 
         from ..report import write_card  # the last room: it stands behind this one
@@ -152,10 +156,11 @@ def prune_checkpoint(
 
 
 class _Renaming:
-    """Names of tensors in the files, by the layers kept at each place."""
+    """New names of tensors in the files, by the stack whose layers stand at each place."""
 
-    def __init__(self, kept: Mapping[tuple[str, ...], Sequence[int]]):
-        self.kept = {place: {old: new for new, old in enumerate(keep)} for place, keep in kept.items()}
+    def __init__(self, edit: StackEdit, places: Mapping[tuple[str, ...], str]):
+        self.kept = {place: {old: new for new, old in enumerate(edit.kept[path])} for place, path in places.items()}
+        self.num_layers = {place: edit.num_layers[path] for place, path in places.items()}
 
     def place(self, key: str) -> tuple[str, ...] | None:
         """What stands before the layer's number, if it is the name of something in one of the layers."""
@@ -170,8 +175,10 @@ class _Renaming:
         place = self.place(key)
         if place is None:
             return key
-        number, *rest = key.split(".")[len(place) :]
-        new = self.kept[place].get(int(number))
+        digits, *rest = key.split(".")[len(place) :]
+        number, kept, total = int(digits), self.kept[place], self.num_layers[place]
+        # What predicts further tokens (GLM-4.5, DeepSeek-V3) stands in the files as layers behind the last one.
+        new = kept.get(number) if number < total else number - total + len(kept)
         return None if new is None else ".".join([*place, str(new), *rest])
 
 
@@ -258,8 +265,22 @@ def _copy_others(name: str, folder: Path, token: str | bool | None) -> None:
     for path in source.iterdir():
         if path.is_file() and not path.name.startswith(".") and not any(path.match(pattern) for pattern in NOT_COPIED):
             shutil.copyfile(path, folder / path.name)
-    if (source / CHAT_TEMPLATE_DIR).is_dir():  # the one folder that belongs to a tokenizer
-        shutil.copytree(source / CHAT_TEMPLATE_DIR, folder / CHAT_TEMPLATE_DIR)
+    modules = source / MODULES_FILE
+    parts = json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []
+    # Of folders a tokenizer's templates, and what stands behind the model in Sentence Transformers (`1_Pooling`).
+    wanted = {CHAT_TEMPLATE_DIR, *(Path(part["path"]).name for part in parts)} - {""}
+    if parts and not Path(name).is_dir():
+        source = Path(snapshot_download(name, allow_patterns=[f"{each}/*" for each in wanted], token=token))
+    for each in wanted:
+        if (source / each).is_dir():
+            shutil.copytree(source / each, folder / each)
+
+
+def _change(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Changes what a file of settings holds, if it is there."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if (new := change(old)) != old:
+        path.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
 
 
 def _renumbered(value: Any, renaming: _Renaming, model: PreTrainedModel) -> Any:
@@ -277,7 +298,9 @@ def _renumbered(value: Any, renaming: _Renaming, model: PreTrainedModel) -> Any:
     if not isinstance(value, str):
         return value
     lists = "|".join(re.escape(place[-1]) for place in renaming.kept)
-    by_number = renaming.place(value) is None and re.search(rf"(^|\W)({lists})\W+\d", value)
+    # As a name with a number, or as a pattern with one between dots, without the name before it (GPTQModel's).
+    numbered = rf"(^|\W)({lists})\W+\d|\\\.\W*\d"
+    by_number = renaming.place(value) is None and re.search(numbered, value)
     # Lists of other parts of the model may have the same name; these keep their numbers.
     if by_number and value not in dict(model.named_modules()):
         raise PruningError(

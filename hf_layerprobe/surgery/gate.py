@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..errors import PruningError, VerificationError
-from ..modes import evaluating
+from ..modes import evaluating, in_own_precision
 from ..stacks import LayerStack, bypassed
 from .inputs import example_inputs, example_prompt
 from .outputs import difference, float_outputs, largest_difference, without_removed
@@ -39,7 +39,7 @@ def verify(removed: Mapping[LayerStack, Sequence[int]], pruned: PreTrainedModel)
     original = next(iter(removed)).model
     layers = " and ".join(f"layers {list(each)} of {stack.path!r}" for stack, each in removed.items())
     what = f"({layers} removed)"
-    with evaluating(original, pruned), torch.no_grad():
+    with evaluating(original, pruned), in_own_precision(original), torch.no_grad():
         inputs = example_inputs(original, [stack.layers[i] for stack, each in removed.items() for i in each])
         prompt = example_prompt(original, inputs)
         with ExitStack() as bypasses:

@@ -11,23 +11,19 @@ from transformers import PreTrainedModel
 HEADS = "alignment_heads"
 
 
-def renumber(config: dict[str, Any], model: PreTrainedModel, kept: Mapping[str, Sequence[int]]) -> bool:
-    """Gives the alignment heads of a generation config the layers' new numbers, in place, and drops those of removed layers.
+def renumbered(config: dict[str, Any], model: PreTrainedModel, kept: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """A generation config's entries with the layers' new numbers, without the alignment heads of removed layers.
 
     Args:
-        config: The generation config's entries.
+        config: The entries.
         model: The original.
         kept: The layers that stay (0-based, ascending), by the path of their stack.
-
-    Returns:
-        Whether anything had to change.
     """
     decoder = set(model.get_decoder().modules()) if config.get(HEADS) else ()
     keep = next((each for path, each in kept.items() if model.get_submodule(path) in decoder), None)
     if keep is None:
-        return False
+        return config
     new = {old: number for number, old in enumerate(keep)}
-    config[HEADS] = [[new[layer], head] for layer, head in config[HEADS] if layer in new]
-    if not config[HEADS]:  # Whisper asks whether there is such an entry, not what it holds
-        del config[HEADS]
-    return True
+    heads = [[new[layer], head] for layer, head in config[HEADS] if layer in new]
+    # Whisper asks whether there is such an entry, not what it holds.
+    return {name: value for name, value in config.items() if name != HEADS} | ({HEADS: heads} if heads else {})

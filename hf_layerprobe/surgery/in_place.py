@@ -72,6 +72,8 @@ def prune_in_place(stack: LayerStack, remove: Iterable[int], *, verify: bool = T
         for path, entries in lists.items():
             _set_entries(model.get_submodule(path), entries)
         raise
+    if model.can_generate():
+        model.generation_config = pruned.generation_config
     left = {id(parameter) for parameter in model.parameters()}
     return [parameter for parameter in before if id(parameter) not in left]
 

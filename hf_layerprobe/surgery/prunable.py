@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -39,3 +40,22 @@ def check_prunable(model: Any) -> None:
             f"{name} is quantised ({kind}); prune the unquantised model and quantise the result, or remove the layers from the "
             "quantised model's files (`prune_checkpoint`, `hf-layerprobe prune-files`), where every weight stays as it is."
         )
+
+
+def check_savable(model: Any) -> None:
+    """Refuses a model whose generation config was changed to what Transformers does not write, before any heavy work.
+
+    Raises:
+        PruningError: It was, such as by `do_sample=False` beside a temperature.
+    """
+    model = base_of(model)
+    if not model.can_generate():
+        return
+    with TemporaryDirectory() as folder:
+        try:
+            model.generation_config.save_pretrained(folder)
+        except ValueError as error:
+            raise PruningError(
+                f"The generation config of this {type(model).__name__} cannot be saved; change model.generation_config. "
+                f"Transformers says: {error}"
+            ) from error

@@ -56,7 +56,7 @@ def rewrite(source: Path, target: Path, new_name: Callable[[str], str | None]) -
         LayerProbeError: `source` is damaged.
     """
     header, begin = read_header(source)
-    metadata = header.pop("__metadata__", None)
+    metadata = _renamed(header.pop("__metadata__", None), new_name)
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     kept = [(name, entry) for old, entry in entries if (name := new_name(old)) is not None]
     if not kept:
@@ -79,6 +79,17 @@ def rewrite(source: Path, target: Path, new_name: Callable[[str], str | None]) -
         for first, last in ranges:
             _copy(old.fileno(), new.fileno(), first, last)
     return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in kept}
+
+
+def _renamed(metadata: dict[str, str] | None, new_name: Callable[[str], str | None]) -> dict[str, str] | None:
+    """The metadata under the tensors' new names: torchao keeps there what type each has, and a list of them."""
+    if metadata is None:
+        return None
+    metadata = {name: value for old, value in metadata.items() if (name := new_name(old)) is not None}
+    if names := metadata.get("tensor_names"):
+        new_names = [name for old in json.loads(names) if (name := new_name(old)) is not None]
+        metadata["tensor_names"] = json.dumps(new_names)
+    return metadata
 
 
 def _copy(source: int, target: int, first: int, last: int) -> None:
