@@ -65,7 +65,9 @@ class Tap:
         shapes = [list(tensor.shape) for tensor in taken]
         rows = hidden.shape[:2]
         one_each = len(taken) == 1 and taken[0][..., 0].numel() == rows.numel()
-        if not one_each or not (self.inward or shapes[0][-1] == hidden.shape[-1]):
+        # Windows of an image are rows of their own, and their tokens in another order.
+        in_order = one_each and (taken[0].dim() == 2 or len(taken[0]) == len(hidden))
+        if not in_order or not (self.inward or shapes[0][-1] == hidden.shape[-1]):
             raise LayerProbeError(
                 f"{self.name!r} was expected to run once on the {list(hidden.shape)} states of its layer; it ran "
                 f"{len(taken)} times{' on ' if shapes else ''}{', '.join(map(str, shapes))}. Measure at another site."

@@ -17,14 +17,11 @@ from transformers.utils import logging
 from ..errors import LayerProbeError
 from ..stacks import LayerStack
 from ..stacks.bypass import hidden_input, hidden_output
+from .form import StreamForm
 from .masks import TokenMasks
 from .sites import find_taps
 
 logger = logging.get_logger(__name__)
-
-
-# Their layers run on `[tokens, batch, hidden]`.
-TOKENS_FIRST = ("transformers.models.xlnet.modeling_xlnet", "transformers.models.fsmt.modeling_fsmt")
 
 
 class Accumulator(Protocol):
@@ -67,7 +64,7 @@ class LayerStream:
         self.stack = stack
         self.accumulators = sorted(accumulators, key=lambda each: -getattr(each, "asks", 0))
         self.guest = guest
-        self._tokens_first = stack is not None and type(stack.layers[0]).__module__ in TOKENS_FIRST
+        self._form = StreamForm(stack) if stack is not None else None
         self._taps = {site: find_taps(stack, site) for site in _sites(accumulators)}
         self._model_hooks: list = []
         self._layer_hooks: list = []
@@ -129,25 +126,20 @@ class LayerStream:
         return (
             after
             if state is left and version is not None and _version(state) == version
-            else self._as_batch(state.detach())
+            else self._form.as_batch(state.detach())
         )
 
-    def _as_batch(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._tokens_first and hidden.dim() == 3:
-            return hidden.transpose(0, 1)
-        return hidden[None] if hidden.dim() == 2 else hidden  # packed sequences: [tokens, hidden]
-
     def _take(self, taken: list[torch.Tensor], values: torch.Tensor) -> None:
-        taken.append(self._as_batch(values) if self._tokens_first else values)
+        taken.append(values.transpose(0, 1) if self._form.tokens_first and values.dim() == 3 else values)
 
     def _layer_hook(self, index: int):
         def take(_layer, args, kwargs, output):
             state = hidden_output(output)
-            after = self._as_batch(state.detach())
-            # A layer that lives on another device than the one before it moves its input only inside.
-            before = self._entering(hidden_input(args, kwargs)).to(after.device)
-            self._left = state, _version(state), after
             try:
+                after = self._form.as_batch(state.detach())
+                # A layer that lives on another device than the one before it moves its input only inside.
+                before = self._entering(hidden_input(args, kwargs)).to(after.device)
+                self._left = state, _version(state), after
                 mask = self._masks.fit(before)
                 sites = {site: self._taps[site][index].fit(taken, before) for site, taken in self._taken[index].items()}
             except LayerProbeError as error:
