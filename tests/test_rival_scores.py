@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from test_activation_scores import recorded
 from test_prune_composites import qwen3_vl, qwen_inputs
+from test_sites import model_and_batches
 from tiny import TEXT, redrawn, tiny_model
 
 from hf_layerprobe import LayerProbeError, find_stacks, plan_pruning, score_layers
@@ -70,9 +71,9 @@ def test_scores_of_the_stream(family, token_batches):
     np.testing.assert_allclose(found["lid"].values, dimensions, rtol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "falcon", "falcon, new architecture"])
 def test_sublayers(family, token_batches):
-    model, masks = tiny_model(family), masks_of(token_batches)
+    model, masks = model_and_batches(family, token_batches)[0], masks_of(token_batches)
     layers = find_stacks(model)[0].layers
     recordings = {"attention": [[] for _ in layers], "mlp": [[] for _ in layers]}
     handles = []
@@ -83,7 +84,7 @@ def test_sublayers(family, token_batches):
             keep = recordings[site][i].append
             handles.append(
                 module.register_forward_hook(
-                    lambda _m, _a, out, keep=keep: keep((out[0] if isinstance(out, tuple) else out).numpy())
+                    lambda _m, _a, out, keep=keep: keep((out[0] if isinstance(out, tuple) else out).numpy().copy())
                 )
             )
     inputs, _ = recorded(model, token_batches)

@@ -27,6 +27,8 @@ PLACES = {
     "llama": [LLAMA],
     "gemma3": [LLAMA],
     "gpt2": [GPT2],
+    "falcon": [("self_attention", "mlp", "mlp.dense_4h_to_h")],
+    "falcon, new architecture": [("self_attention", "mlp", "mlp.dense_4h_to_h")],
     "gpt_neox": [("attention", "mlp", "mlp.dense_4h_to_h")],
     "bert": [BERT],
     "t5": [
@@ -48,6 +50,9 @@ def model_and_batches(family, token_batches):
         return model, [{"input_values": torch.randn(2, 61) * samples, "attention_mask": samples}]
     if family == "qwen2_moe":
         return lively(tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**QWEN_MOE))), token_batches
+    if family.startswith("falcon"):  # whose layers write into what the MLP has handed on
+        form = dict(new_decoder_architecture=True, num_kv_heads=2) if "," in family else dict(multi_query=True)
+        return lively(tf.FalconForCausalLM(tf.FalconConfig(**TEXT, **form))), token_batches
     model = tiny_model(family)
     if family == "vit":
         return model, IMAGES
@@ -65,7 +70,7 @@ def by_hand(model, batches, stack, name, *, inward=False):
 
         def keep(_module, args, kwargs, output, values=values):
             taken = (args[0] if args else next(iter(kwargs.values()))) if inward else output
-            values.append((taken[0] if isinstance(taken, tuple) else taken).float().numpy())
+            values.append((taken[0] if isinstance(taken, tuple) else taken).float().numpy().copy())
 
         handles.append(layer.get_submodule(name).register_forward_hook(keep, with_kwargs=True))
     with torch.no_grad():

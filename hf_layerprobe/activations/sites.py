@@ -47,7 +47,10 @@ class Tap:
         """Hands `take` every activation here, until the handle is removed."""
         if self.inward:
             return self.module.register_forward_pre_hook(lambda _module, args: take(args[0].detach()))
-        return self.module.register_forward_hook(lambda _module, _args, output: take(hidden_output(output).detach()))
+        # A copy: Falcon's layers add the attention's output to the MLP's in place.
+        return self.module.register_forward_hook(
+            lambda _module, _args, output: take(hidden_output(output).detach().clone())
+        )
 
     def fit(self, taken: list[torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         """What was taken in one pass of the layer, token by token; `taken` is emptied.
