@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_layerprobe import LayerProbeError, find_stacks
 from hf_layerprobe.weights import LiveWeights, find_modules, layer_matrices, read_matrices
+from hf_layerprobe.weights.read import matrix_parts
 
 GATED = {"llama", "qwen3", "gemma3", "mistral", "mixtral", "t5"}
 
@@ -157,6 +158,26 @@ def test_cross_attention_is_not_mistaken_for_self_attention():
     for layer, kind, matrix in read_matrices(decoder, ["q"]):
         assert kind == "q"
         assert torch.equal(matrix, decoder.layers[layer].self_attn.q_proj.weight)
+
+
+@pytest.mark.model_type("afmoe")
+def test_the_gate_of_an_attention_is_not_that_of_the_mlp():
+    config = tf.AfmoeConfig(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_dense_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=64, num_experts=3, num_shared_experts=1,
+    )  # fmt: skip
+    model = tf.AfmoeForCausalLM(config)
+    dense, mixture = model.model.layers
+    assert torch.equal(layer_matrices(dense, config)["gate"], dense.mlp.gate_proj.weight)
+    assert len(matrix_parts(mixture, config, "gate")) == len(matrix_parts(mixture, config, "up")) == 4
+
+
+def test_the_output_of_a_second_attention_is_not_that_of_the_mlp():
+    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = tf.TimesformerModel(tf.TimesformerConfig(**small, image_size=16, patch_size=4))
+    layer = model.encoder.layer[0]
+    (down,) = matrix_parts(layer, model.config, "down")
+    assert torch.equal(down, layer.output.dense.weight)
 
 
 @pytest.mark.parametrize(

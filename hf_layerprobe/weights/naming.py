@@ -17,6 +17,8 @@ KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 MLP_KINDS = frozenset(("gate", "up", "down"))
 
 CROSS_ATTENTION = re.compile(r"cross_?att|encoder_attn|EncDecAttention|encoder_decoder", re.IGNORECASE)
+# What is named like a matrix of the MLP in there is the attention's own: the gate on its output, the output of a second one.
+_IN_ATTENTION = re.compile(r"(^|\.)\w*(attn|attention|att)\.(?!(.*\.)?mlp\.)", re.IGNORECASE)
 
 # (end of the module's name inside the layer, kinds it holds, how they are packed). The first match wins.
 # "rows": whole matrices one below the other; "heads": query, key and value rows alternate head by head;
@@ -90,8 +92,9 @@ def find_modules(layer: nn.Module) -> list[NamedWeight]:
         target = _WRAPPED.sub("", wrapped) if is_matrix else f"{wrapped}.{attribute}"
         for pattern, kinds, packing in _PATTERNS:
             if pattern.search(target) and (packing == "experts") == (not is_matrix):
-                adapter = layer.get_submodule(wrapped) if wrapped != owner else None
-                found.append(NamedWeight(layer.get_submodule(owner), attribute, kinds, packing, adapter))
+                if not (MLP_KINDS.issuperset(kinds) and _IN_ATTENTION.search(target)):
+                    adapter = layer.get_submodule(wrapped) if wrapped != owner else None
+                    found.append(NamedWeight(layer.get_submodule(owner), attribute, kinds, packing, adapter))
                 break
     return found
 
