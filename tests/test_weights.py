@@ -1,12 +1,13 @@
 """Which matrix is which: what the split matrices compute must be what the model computes."""
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, GQA, redrawn, tiny_model
 from torch import nn
 
-from hf_layerprobe import LayerProbeError, find_stacks
+from hf_layerprobe import LayerProbeError, docs, find_stacks
 from hf_layerprobe.weights import LiveWeights, find_modules, layer_matrices, read_matrices
 from hf_layerprobe.weights.read import matrix_parts
 
@@ -158,6 +159,31 @@ def test_cross_attention_is_not_mistaken_for_self_attention():
     for layer, kind, matrix in read_matrices(decoder, ["q"]):
         assert kind == "q"
         assert torch.equal(matrix, decoder.layers[layer].self_attn.q_proj.weight)
+
+
+GATED_QUERIES = {"qwen3_next": {}, "qwen3_5_text": {}, "qwen3_5_moe_text": {}, "qwen4_exp_text": dict(
+    indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=4
+)}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(t, marks=pytest.mark.model_type(t)) for t in GATED_QUERIES])
+def test_queries_without_the_gate_in_their_projection(model_type, tmp_path):
+    """The norm on the queries gets what the matrix read as q computes."""
+    small = dict(GQA, head_dim=16, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=2)
+    layers = dict(layer_types=["full_attention"] * 4, **GATED_QUERIES[model_type])
+    config = tf.AutoConfig.for_model(model_type, **small, num_experts_per_tok=1, **layers)
+    model = redrawn(tf.AutoModelForCausalLM.from_config(config))
+    stack, queries, x = find_stacks(model)[0], [], []
+    attention = stack.layers[0].self_attn
+    attention.q_norm.register_forward_pre_hook(lambda _module, args: queries.append(args[0].flatten(2)))
+    attention.q_proj.register_forward_pre_hook(lambda _module, args: x.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 9)[None])
+    found = layer_matrices(stack.layers[0], config)["q"]
+    assert found.shape == (64, 32)
+    torch.testing.assert_close(x[0] @ found.T, queries[0])
+    model.save_pretrained(tmp_path)
+    np.testing.assert_allclose(docs(tmp_path, kinds=["q"])["q"], docs(model, kinds=["q"])["q"], rtol=1e-5)
 
 
 @pytest.mark.model_type("afmoe")

@@ -139,9 +139,10 @@ def matrix_parts(
     Raises:
         LayerProbeError: Several attention matrices of that kind, or weights that cannot be read.
     """
+    weights = find_modules(layer)
     parts = [
         part
-        for weight in find_modules(layer)
+        for weight in weights
         if kind in weight.kinds
         for part in _split(weight, read(weight), config)[weight.kinds.index(kind)]
     ]
@@ -150,7 +151,7 @@ def matrix_parts(
             f"{type(layer).__name__} holds {len(parts)} matrices that could be its {kind}; which one to compare is not "
             "known for this architecture."
         )
-    return parts
+    return [_without_gate(part, weights, config) for part in parts] if kind == "q" else parts
 
 
 def one_matrix(parts: list[torch.Tensor], kind: str) -> torch.Tensor:
@@ -181,6 +182,24 @@ def _split(weight: NamedWeight, tensor: torch.Tensor, config: PreTrainedConfig |
         )
     unit = len(tensor) // (heads + 2 * groups)
     return [[part] for part in tensor.split([heads * unit, groups * unit, groups * unit])]
+
+
+def _without_gate(
+    projection: torch.Tensor, weights: list[NamedWeight], config: PreTrainedConfig | None
+) -> torch.Tensor:
+    """The queries alone of a projection that also gives a gate on the attention's output, `[heads, 2, head_dim]` rows (Qwen3.5).
+
+    It does where it has twice as many rows as the output projection reads, and for each head twice as many as a key has:
+    as queries they would fit no key.
+    """
+    shapes = {weight.kinds[0]: outline(weight).shape for weight in weights if weight.kinds in (("k",), ("o",))}
+    heads = getattr(config, "num_attention_heads", None)
+    if len(shapes) < 2 or len(projection) != 2 * shapes["o"][1] or not isinstance(heads, int):
+        return projection
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if len(projection) * groups != 2 * shapes["k"][0] * heads:
+        return projection
+    return projection.unflatten(0, (heads, 2, -1))[:, 0].flatten(0, 1)
 
 
 def _split_by_head(tensor: torch.Tensor, config: PreTrainedConfig | None) -> list[list[torch.Tensor]]:
