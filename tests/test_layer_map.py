@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from tiny import tiny_model
+from tiny import GQA, redrawn, tiny_model
 
 from hf_layerprobe import LayerProbeError, SimilarityMatrix, docs, docs_similarity
 from hf_layerprobe.scores import layer_map, units
@@ -129,7 +129,7 @@ import json, sys
 import torch
 from torch import distributed
 sys.path.insert(0, sys.argv[1])
-from tiny import tiny_model
+from tiny import GQA, redrawn, tiny_model
 from hf_layerprobe import docs
 distributed.init_process_group("gloo")
 found = docs(tiny_model("llama"))
@@ -260,6 +260,46 @@ def test_per_layer_against_another_model():
     assert (docs(base, other=tuned, kinds=["q"]).per_layer("q") < 0.9).tolist() == [False, True, False, False]
     regression = docs(base, other=tuned, kinds=["q"], index="regression")["q"]  # not symmetric, and all of it computed
     assert np.isfinite(regression).all()
+
+
+def test_two_models_of_unlike_layers():
+    """What cannot be compared is said, whichever of the two lacks it."""
+    base, wide = tiny_model("llama"), redrawn(tf.LlamaForCausalLM(tf.LlamaConfig(**{**GQA, "hidden_size": 64})))
+    found = docs(base, other=wide, kinds=["q", "o"])
+    assert np.isnan(found["q"]).all() and np.isnan(found.excess("q")).all()
+    layers = "0, 1, 2, 3"
+    groups = f"{layers} of the first model (32); {layers} of the second model (64)"
+    assert found.notes == tuple(f"{k}: vectors of several lengths, compared within groups only: {groups}" for k in "qo")
+
+    dense = tiny_model("bert")
+    for one, other, whose in ((base, dense, "first"), (dense, base, "second")):
+        found = docs(one, other=other)
+        assert found.kinds == ("q", "k", "v", "o", "up", "down") and np.isfinite(found["up"]).all()
+        assert found.notes[0] == f"gate: only the {whose} model has such matrices"
+
+    lacking = tiny_model("llama")
+    lacking.model.layers[2].mlp = torch.nn.Identity()
+    found = docs(base, other=lacking, kinds=["up"])
+    assert np.isnan(found["up"][:, 2]).all() and np.isfinite(found["up"][:, [0, 1, 3]]).all()
+    assert found.notes == ("up: layers [2] of the second model have no such matrix",)
+
+    mlps, attentions = tiny_model("llama"), tiny_model("llama")
+    for mlp, attention in zip(mlps.model.layers, attentions.model.layers, strict=True):
+        mlp.self_attn = attention.mlp = torch.nn.Identity()
+    with pytest.raises(LayerProbeError, match="in common: the first has gate, up, down, the second q, k, v, o"):
+        docs(mlps, other=attentions)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_model_with_its_head_against_one_without(live, tmp_path):
+    """The stack has another path there."""
+    model = tiny_model("llama")
+    model.model.save_pretrained(tmp_path)
+    bare = model.model if live else tmp_path
+    assert (docs(model, other=bare, kinds=["q"]).per_layer("q") == 1).all()
+    assert (docs(bare, other=model, kinds=["q"]).per_layer("q") == 1).all()
+    with pytest.raises(LayerProbeError, match="layers"):  # the caller's path is that of both
+        docs(model, other=bare, kinds=["q"], stack="model.layers")
 
 
 def test_unknown_index():

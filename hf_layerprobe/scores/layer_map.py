@@ -74,8 +74,9 @@ def docs(
             matrix without building the model.
         kinds: Some of q, k, v, o, gate, up, down; all that the model has by default.
         axis: `"out"` or `"in"`; see [`docs_similarity`].
-        stack: Path of the stack; the main one by default.
-        other: A second model or checkpoint (a tuned one, say); its layers are then the columns.
+        stack: Path of the stack, in both models; the main one of each by default.
+        other: A second model or checkpoint (a tuned one, say); its layers are then the columns. Kinds that one of the two
+            lacks are left out, with a line in `notes`.
         index: `"docs"`, or a rival that the paper compares with: regression, cca, svcca, pwcca, hsic, cka, cka-debiased.
         layers: Some layers only (0-based).
         experts: Compare the experts of MoE layers one by one instead of each layer's experts as one wide MLP.
@@ -86,11 +87,11 @@ def docs(
 
     Returns:
         One matrix a kind, with the chance level of its shapes (for `"docs"`). Gaps are NaN, and each has a line in
-        `notes`: a layer that lacks the kind or has only zeros, or two whose vectors have different lengths.
+        `notes`: a layer of either model that lacks the kind or has only zeros, or two whose vectors have different lengths.
 
     Raises:
-        LayerProbeError: No stack, an unknown kind, axis, index or layer, weights that are not in memory or not finite,
-            or a `resume` folder of another run.
+        LayerProbeError: No stack, an unknown kind, axis, index or layer, no kind that both models have, weights that are
+            not in memory or not finite, or a `resume` folder of another run.
     """
     check_axis(axis)
     if index != "docs" and index not in INDICES:
@@ -100,12 +101,13 @@ def docs(
             f"sample is a number of vectors, at least 2, for index='docs'; got {sample} for {index!r}."
         )
     here = Side(model, stack, kinds, layers, experts, axis)
-    there = here if other is None else Side(other, here.stack.path, kinds, layers, experts, axis)
+    path = None if stack is None else here.stack.path  # by default the main one of each, whatever it is called there
+    there = here if other is None else Side(other, path, kinds, layers, experts, axis)
     symmetric = other is None and (index == "docs" or INDICES[index].symmetric)
     itself = 1.0 if index == "docs" else INDICES[index].self_value
     known = other is None and itself is not None  # a matrix with itself need not be computed
     options = {"axis": axis, "index": index, "sample": sample, "seed": seed, "symmetric": symmetric}
-    notes: list[str] = []
+    notes = _one_sided(here, there)
     blocks = _blocks(here, there, symmetric, known, sample, notes)
     store = BlockStore(resume, _run_id(here, there, options)) if resume is not None else None
     rows = store.load() if store is not None else {}
@@ -147,15 +149,13 @@ def _blocks(here: Side, there: Side, symmetric: bool, known: bool, sample: int |
     """The rows to compute; what cannot be compared is left out and noted."""
     blocks = []
     for kind in here.units:
-        lengths: dict[int, list[str]] = {}
         for row, unit in enumerate(here.units[kind]):
             if (kind, unit) not in here.shapes:
                 continue
             m, length = here.shapes[kind, unit]
-            lengths.setdefault(length, []).append(str(unit))
             columns = tuple(
                 column
-                for column, partner in enumerate(there.units.get(kind, ()))
+                for column, partner in enumerate(there.units[kind])
                 if there.shapes.get((kind, partner), (0, 0))[1] == length
                 and not (symmetric and column < row)
                 and not (known and column == row)
@@ -167,13 +167,48 @@ def _blocks(here: Side, there: Side, symmetric: bool, known: bool, sample: int |
                 cost = sum((min(sample, m) * p + min(sample, p) * m) * length for p in sizes)
             if columns:
                 blocks.append(Block(kind, row, columns, cost))
-        if len(lengths) > 1:
-            groups = "; ".join(f"{', '.join(units)} ({length})" for length, units in lengths.items())
-            notes.append(f"{kind}: vectors of several lengths, compared within groups only: {groups}")
-        lacking = [unit.layer for unit in here.units[kind] if (kind, unit) not in here.shapes]
-        if lacking:
-            notes.append(f"{kind}: layers {lacking} have no such matrix")
+        notes += _gaps(kind, here, there)
     return blocks
+
+
+def _one_sided(here: Side, there: Side) -> list[str]:
+    """Leaves out the kinds that only one of the two models has; a note on each.
+
+    Raises:
+        LayerProbeError: They have none in common.
+    """
+    mine, theirs = set(here.units), set(there.units)
+    if not mine & theirs:
+        raise LayerProbeError(
+            f"The two models have no kind of matrix in common: the first has {', '.join(here.units)}, the second "
+            f"{', '.join(there.units)}. Compare two models whose layers are alike."
+        )
+    notes = []
+    for kind in (kind for kind in KINDS if kind in mine ^ theirs):
+        side, whose = (here, "first") if kind in mine else (there, "second")
+        del side.units[kind]
+        notes.append(f"{kind}: only the {whose} model has such matrices")
+    return notes
+
+
+def _gaps(kind: str, here: Side, there: Side) -> list[str]:
+    """Why entries of the map of one kind are missing."""
+    sides = {"": here} if there is here else {" of the first model": here, " of the second model": there}
+    notes, lengths = [], {}
+    for whose, side in sides.items():
+        for unit in side.units[kind]:
+            if (kind, unit) in side.shapes:
+                length = side.shapes[kind, unit][1]
+                lengths.setdefault(length, {}).setdefault(whose, []).append(str(unit))
+        lacking = [unit.layer for unit in side.units[kind] if (kind, unit) not in side.shapes]
+        if lacking:
+            notes.append(f"{kind}: layers {lacking}{whose} have no such matrix")
+    if len(lengths) > 1:
+        groups = "; ".join(
+            f"{', '.join(units)}{whose} ({length})" for length, of in lengths.items() for whose, units in of.items()
+        )
+        notes.append(f"{kind}: vectors of several lengths, compared within groups only: {groups}")
+    return notes
 
 
 def _compare(
@@ -268,13 +303,12 @@ def _assemble(here, there, blocks, rows, options, itself: float | None, notes) -
     values, errors, chance = {}, {}, {}
     index, symmetric = options["index"], options["symmetric"]
     for kind, units in here.units.items():
-        columns = there.units.get(kind, [])
-        values[kind] = np.full((len(units), len(columns)), np.nan)
+        values[kind] = np.full((len(units), len(there.units[kind])), np.nan)
         errors[kind] = np.full_like(values[kind], np.nan)
         if itself is not None:
             present = [position for position, unit in enumerate(units) if (kind, unit) in here.shapes]
             values[kind][present, present], errors[kind][present, present] = itself, 0  # by definition
-        shapes = [[side.shapes.get((kind, unit)) for unit in side.units.get(kind, ())] for side in (here, there)]
+        shapes = [[side.shapes.get((kind, unit)) for unit in side.units[kind]] for side in (here, there)]
         chance[kind] = _chance(*shapes) if index == "docs" else np.nan
     for block in blocks:
         for column, (value, error) in zip(block.columns, rows[block.key], strict=True):
@@ -294,7 +328,7 @@ def _assemble(here, there, blocks, rows, options, itself: float | None, notes) -
         source=SOURCE if index == "docs" else INDICES[index].source,
         index=index,
         rows={kind: [str(unit) for unit in units] for kind, units in here.units.items()},
-        columns={kind: [str(unit) for unit in there.units.get(kind, ())] for kind in here.units},
+        columns={kind: [str(unit) for unit in there.units[kind]] for kind in here.units},
         standard_error=errors if options["sample"] is not None else {},
         notes=tuple(notes),
     )
