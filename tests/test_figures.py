@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from tiny import tiny_model
 
-from hf_layerprobe import LayerScores, SimilarityMatrix, docs
-from hf_layerprobe.report import depth_plot, heat_map, overview
+from hf_layerprobe import LayerProbeError, LayerScores, SimilarityMatrix, docs
+from hf_layerprobe.report import depth_plot, figures, heat_map, overview
 from hf_layerprobe.report.figures import _draw_map, _draw_scores, _highest, _off_diagonal
 
 
@@ -86,3 +86,42 @@ def test_a_figure_of_another_index_and_of_some_layers(tmp_path):
     """No chance level to start the scale at, and the layers keep their numbers."""
     similarity = docs(tiny_model("llama"), kinds=["q"], index="cka", layers=[1, 3])
     assert imread(heat_map(similarity, "q", tmp_path / "q.png"))[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize("make", [lambda model: docs(model, index="cka"), lambda model: docs(model) - docs(model)])
+def test_an_overview_is_of_docs_above_chance(make, tmp_path):
+    with pytest.raises(LayerProbeError, match="DOCS above chance, and got the index"):
+        overview(make(tiny_model("llama")), [scores()], tmp_path / "overview.png")
+
+
+def limits(similarity, monkeypatch, tmp_path):
+    """The ends of the colour scale of the map of q, its title and the label of its colours."""
+    drawn = []
+    monkeypatch.setattr(figures, "_write", lambda figure, path: drawn.append(figure))
+    heat_map(similarity, "q", tmp_path / "q.png")
+    axes, bar = drawn[0].axes
+    return axes.images[0].get_clim(), axes.get_title(), bar.get_ylabel()
+
+
+def test_an_index_without_a_scale_of_its_own_is_not_one_flat_colour(monkeypatch, tmp_path):
+    """HSIC of ordinary weights is about 1e-5."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 0.01
+    similarity = docs(model, kinds=["q"], index="hsic")
+    (low, high), title, _ = limits(similarity, monkeypatch, tmp_path)
+    assert (low, high) == (similarity["q"].min(), similarity["q"].max()) and high < 1e-3
+    assert "neighbours 0.000" not in title
+
+
+@pytest.mark.parametrize("index", ["docs", "cka", "hsic"])
+def test_differences_are_drawn_around_zero(index, monkeypatch, tmp_path):
+    one, other = (docs(tiny_model("llama", seed), kinds=["q"], index=index) for seed in (0, 1))
+    other.values["q"][0, 1] += 0.3  # so that the difference is mostly below zero
+    (low, high), title, label = limits(one - other, monkeypatch, tmp_path)
+    assert high == -low == pytest.approx(max(np.abs((one - other)["q"]).max(), 0.05 if index != "hsic" else 0))
+    assert title.startswith(f"{index.upper()} difference of q") and "chance" not in title
+    assert label == f"{index} difference"
+    (low, high), *_ = limits(one - one, monkeypatch, tmp_path)
+    assert high == -low
+    assert "chance" in limits(one + one, monkeypatch, tmp_path)[1] or index != "docs"

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from ..errors import LayerProbeError
 from ..files import write_atomically
 from ..scores import LayerScores, SimilarityMatrix
 from ..scores.registry import OURS
@@ -26,19 +27,21 @@ from ..search import Curve
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#D9D9D9"
 # Diagonals (a layer with itself) and pairs that cannot be compared.
 COLOURS = colormaps["viridis"].with_extremes(bad=GREY)
+# White is zero.
+SIGNED = colormaps["PuOr_r"].with_extremes(bad=GREY)
 # Values that span more than this factor are drawn on a log scale.
 WIDE = 30
-# The least range of a colour scale, so that noise around chance does not look like structure.
+# The least range of a colour scale, as a share of the index's own, so that noise around chance does not look like structure.
 NARROWEST = 0.05
 COLUMNS = 4
 FACE = dict(dpi=150, facecolor="white")
 
 
 def heat_map(similarity: SimilarityMatrix, kind: str, path: str | Path) -> Path:
-    """Draws the layer × layer similarity of one kind of weight matrix.
+    """Draws the layer × layer similarity of one kind of weight matrix; differences in two colours around zero.
 
     Args:
-        similarity: From [`docs`].
+        similarity: From [`docs`], or the difference of two.
         kind: One of its kinds.
         path: The PNG file to write.
 
@@ -46,25 +49,27 @@ def heat_map(similarity: SimilarityMatrix, kind: str, path: str | Path) -> Path:
         KeyError: `similarity` has no such kind.
     """
     values = _off_diagonal(similarity[kind])
-    # Only DOCS has a chance level; the scale of another index starts at its lowest value.
-    is_docs = similarity.index == "docs"
-    low = float(np.nanmean(similarity.chance[kind])) if is_docs else float(np.nanmin(values))
+    low, high = _limits(similarity, kind, values)
+    # Only DOCS has a chance level, and a difference of two has none.
+    has_chance = similarity.index == "docs" and low != -high
+    what = "difference" if similarity.is_difference else "similarity"
+    digits = ".3g" if similarity.index == "hsic" else ".3f"
     figure = Figure(figsize=(5.6, 5.2), layout="constrained")
     axes = figure.add_subplot()
-    image = _draw_map(axes, values, low=low, high=_highest(values, low))
+    image = _draw_map(axes, values, low=low, high=high)
     # The layers' own numbers: a map may hold some of them only, or experts.
     for axis, names in ((axes.yaxis, similarity.rows[kind]), (axes.xaxis, similarity.columns[kind])):
         axis.set_major_formatter(lambda at, _, names=names: names[int(at)] if 0 <= at < len(names) else "")
     axes.set_title(
-        f"{similarity.index.upper()} similarity of {kind} (axis={similarity.axis!r})\n"
-        + (f"chance {low:.3f}, " if is_docs else "")
-        + f"mean of neighbours {similarity.mean_neighbour(kind):.3f}",
+        f"{similarity.index.upper()} {what} of {kind} (axis={similarity.axis!r})\n"
+        + (f"chance {low:.3f}, " if has_chance else "")
+        + f"mean of neighbours {similarity.mean_neighbour(kind):{digits}}",
         fontsize=11,
     )
     axes.set(xlabel="layer", ylabel="layer")
     figure.colorbar(
-        image, ax=axes, shrink=0.85, extend="min" if is_docs else "neither",
-        label="DOCS index, from chance upwards" if is_docs else f"{similarity.index} index",
+        image, ax=axes, shrink=0.85, extend="min" if has_chance else "neither",
+        label="DOCS index, from chance upwards" if has_chance else f"{similarity.index} {what}",
     )  # fmt: skip
     return _write(figure, path)
 
@@ -167,7 +172,15 @@ def overview(similarity: SimilarityMatrix, scores: Sequence[LayerScores], path: 
         similarity: From [`docs`].
         scores: From [`score_layers`].
         path: The PNG file to write.
+
+    Raises:
+        LayerProbeError: Maps of another index, or of differences, which have no such level.
     """
+    if similarity.index != "docs" or similarity.is_difference:
+        raise LayerProbeError(
+            f"overview draws DOCS above chance, and got the index {similarity.index!r} ({similarity.source}). Draw its maps "
+            "with similarity.plot(folder)."
+        )
     maps = {kind: _off_diagonal(similarity.excess(kind)) for kind in similarity.kinds}
     map_rows, score_rows = math.ceil(len(maps) / COLUMNS), math.ceil(len(scores) / COLUMNS)
     figure = Figure(figsize=(12, 3.1 * map_rows + 2.4 * score_rows + 0.6), layout="constrained")
@@ -204,12 +217,25 @@ def _off_diagonal(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _highest(values: np.ndarray, low: float) -> float:
-    return max(float(np.nanmax(values, initial=low)), low + NARROWEST)
+def _limits(similarity: SimilarityMatrix, kind: str, values: np.ndarray) -> tuple[float, float]:
+    """The ends of the colour scale: from chance or the lowest value upwards, or as far below zero as above it."""
+    # HSIC alone has no scale of its own: it grows with the weights.
+    largest = float(np.nanmax(np.abs(values), initial=0))
+    unit = largest if similarity.index == "hsic" else 1.0
+    if similarity.is_difference or (values < 0).any():
+        high = max(largest, NARROWEST * unit)
+        return -high, high
+    low = float(np.nanmean(similarity.chance[kind]) if similarity.index == "docs" else np.nanmin(values))
+    return low, _highest(values, low, unit)
+
+
+def _highest(values: np.ndarray, low: float, unit: float = 1.0) -> float:
+    return max(float(np.nanmax(values, initial=low)), low + NARROWEST * unit)
 
 
 def _draw_map(axes: Axes, values: np.ndarray, *, low: float, high: float):
-    image = axes.imshow(values, cmap=COLOURS, vmin=low, vmax=high, origin="upper", interpolation="nearest")
+    colours = SIGNED if low == -high else COLOURS
+    image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, origin="upper", interpolation="nearest")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
     axes.tick_params(labelsize=8)

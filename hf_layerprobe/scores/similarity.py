@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
+DIFFERENCE = "difference of two maps by "
 
 
 @dataclass
@@ -32,7 +33,7 @@ class SimilarityMatrix:
             have one shape, else an array like `values`; NaN for indices other than DOCS.
         axis: Which vectors were compared, `"out"` (one for each output neuron) or `"in"`.
         stack: Path of the stack.
-        source: Where the index is defined.
+        source: Where the index is defined, and whether these are differences of two maps.
         index: Name of the index.
         rows: kind → names of the rows: the layer's number (0-based), or `layer.expert`.
         columns: kind → names of the columns.
@@ -60,6 +61,11 @@ class SimilarityMatrix:
             raise KeyError(f"no kind {kind!r} here; computed: {', '.join(self.values)}")
         return self.values[kind]
 
+    @property
+    def is_difference(self) -> bool:
+        """Whether one map was subtracted from another."""
+        return self.source.startswith(DIFFERENCE)
+
     def excess(self, kind: str) -> np.ndarray:
         """Similarity above chance, `(S − chance) / (1 − chance)`: 0 at chance, 1 when identical (our own definition)."""
         chance = self.chance[kind]
@@ -81,7 +87,10 @@ class SimilarityMatrix:
         return {k: pd.DataFrame(v, index=self.rows[k], columns=self.columns[k]) for k, v in self.values.items()}
 
     def plot(self, folder: str | Path) -> list[Path]:
-        """Draws a heat map for each kind into a folder, `<index>_<kind>.png`; the scale starts at the chance level."""
+        """Draws a heat map for each kind into a folder, `<index>_<kind>.png`; the scale starts at the chance level.
+
+        Of a difference it goes as far below zero as above it.
+        """
         # The one arrow that points back: a result that people want to see draws itself.
         from ..report.figures import heat_map
 
@@ -139,7 +148,8 @@ class SimilarityMatrix:
         return self._with(other, operator.add)
 
     def __sub__(self, other: SimilarityMatrix) -> SimilarityMatrix:
-        return self._with(other, operator.sub)
+        difference = self._with(other, operator.sub)
+        return difference if self.is_difference else replace(difference, source=DIFFERENCE + self.source)
 
     def __truediv__(self, number: float) -> SimilarityMatrix:
         return replace(
