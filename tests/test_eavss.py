@@ -111,6 +111,8 @@ def test_equal_answers_cover_zero():
         (PAIRS[:1], "at least two pairs to compare, got 1"),
         ([PAIRS[0], {"prompt": "x", "factual": "y"}], r"Pair 1 has no text under \['hallucinated'\]"),
         ([PAIRS[0], {**PAIRS[1], "factual": ""}], "has no tokens"),
+        ([PAIRS[0], {**PAIRS[1], "factual": "no " * 200}],
+         r"The answer 'no no .* to '' has 600 tokens, and a sequence at most 512\. Raise max_length="),
         (["a", "b"], r"Pair 0 is a str; expected a row with \['prompt'"),
         (Dataset.from_dict({"question": ["a"] * 2, "factual": ["b"] * 2, "hallucinated": ["c"] * 2}),
          r"Pair 0 has no text under \['prompt'\]; its columns are \['question', .* by columns="),

@@ -24,6 +24,7 @@ from hf_layerprobe import (
     LayerProbeError,
     PruningError,
     docs,
+    eavss,
     evaluate_model,
     find_stacks,
     plan_pruning,
@@ -149,6 +150,18 @@ def test_several_adapters(tmp_path):
             torch.testing.assert_close(logits(found), outputs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_layers_are_not_scored_without_the_virtual_tokens_before_their_input(config):
+    model = get_peft_model(tiny_model("llama"), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    pairs = [{"prompt": "a", "factual": " b c", "hallucinated": " d e"}] * 2
+    for scored in (
+        lambda: score_layers(model, [{"input_ids": IDS}], by="avss"),
+        lambda: eavss(model, pairs, tiny_tokenizer()),
+    ):
+        with pytest.raises(LayerProbeError, match="puts virtual tokens before the input"):
+            scored()
+
+
 @pytest.mark.parametrize("config", [PromptTuningConfig, PromptEncoderConfig])
 def test_prompts_before_the_input_go_along(config, tmp_path):
     torch.manual_seed(0)
@@ -160,8 +173,6 @@ def test_prompts_before_the_input_go_along(config, tmp_path):
     loaded = PeftModel.from_pretrained(base, tmp_path / "out" / "adapters" / "default").eval()
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(base), expected[:, -IDS.shape[1] :], atol=1e-3)
-    with pytest.raises(LayerProbeError, match="puts virtual tokens before the input"):
-        score_layers(model, [{"input_ids": IDS}], by="avss")
 
 
 def test_training_goes_on_after_pruning():

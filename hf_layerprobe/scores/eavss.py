@@ -23,6 +23,7 @@ from ..stacks import LayerStack, resolve_stack
 from .avss import check_eps
 from .registry import OURS
 from .results import LayerScores
+from .run import refuse_virtual_tokens
 
 SOURCE = f"{OURS}, after EAVSS, arXiv 2411.10069"
 COLUMNS = ("prompt", "factual", "hallucinated")
@@ -86,7 +87,7 @@ def eavss(
         stack: Path of the stack; the main one by default.
         batch_size: Sequences a batch.
         max_length: Tokens a sequence, no more than the positions that the model has; longer prompts lose their
-            beginning, never the answer.
+            beginning, and longer answers are refused.
         resamples: Bootstrap resamples of the pairs.
         confidence: Coverage of the interval.
         seed: Of the bootstrap.
@@ -96,13 +97,15 @@ def eavss(
         with `low` and `high`, and `covers_zero`, 1 for each layer whose interval covers zero. `data` has a fingerprint.
 
     Raises:
-        LayerProbeError: Fewer than two pairs, columns that are missing or not three, an empty answer, a size or `eps` that
-            is not positive, a confidence outside (0, 1), or values that are not finite.
+        LayerProbeError: Fewer than two pairs, columns that are missing or not three, an answer that is empty or longer than
+            `max_length`, a size or `eps` that is not positive, a confidence outside (0, 1), a `PeftModel` with virtual
+            tokens, or values that are not finite.
     """
     check_positive(batch_size=batch_size, max_length=max_length, resamples=resamples)
     check_eps(eps)
     if not 0 < confidence < 1:
         raise LayerProbeError(f"confidence is the coverage of the interval, between 0 and 1; got {confidence}.")
+    refuse_virtual_tokens(model)
     max_length = longest(model, max_length)
     found = resolve_stack(model, stack)
     rows = _rows(pairs, columns)
@@ -155,9 +158,14 @@ def _rows(pairs: Iterable[Mapping[str, str]], columns: Sequence[str]) -> list[Ma
 def _answer_tokens(prompt: str, answer: str, tokenizer, max_length: int) -> tuple[list[int], int]:
     """Token ids of prompt and answer, and how many at the end are the answer."""
     before = token_ids(tokenizer, prompt) if prompt else []
-    ids = token_ids(tokenizer, answer, add_special_tokens=False)[:max_length]
+    ids = token_ids(tokenizer, answer, add_special_tokens=False)
     if not ids:
         raise LayerProbeError(f"An answer to {prompt[:60]!r} has no tokens.")
+    if len(ids) > max_length:
+        raise LayerProbeError(
+            f"The answer {answer[:60]!r} to {prompt[:60]!r} has {len(ids)} tokens, and a sequence at most {max_length}. Raise "
+            "max_length=, as far as the model has positions, or leave the pair out."
+        )
     room = max_length - len(ids)
     return (before[-room:] if room else []) + ids, len(ids)
 

@@ -72,7 +72,7 @@ def score_layers(
         LayerProbeError: No or an unknown score or option, missing, empty or unsuitable data, no tokenizer or processor
             for them, `max_tokens` below one sequence that is not cut, a site that a score does not accept or that some
             layers do not have, padding that cannot be told apart in what the layers see, no loss where a score needs one,
-            weights not in memory, scores that are not finite.
+            weights not in memory, scores that are not finite, a `PeftModel` with virtual tokens.
     """
     names = [by] if isinstance(by, str) else list(by)
     scores = [get_score(ALIASES.get(name, name)) for name in names]
@@ -95,11 +95,7 @@ def score_layers(
             raise LayerProbeError(
                 f"{', '.join(wanting)}: measured on activations, so data is needed (data=, tokenizer=)."
             )
-        if learns_prompts(model):
-            raise LayerProbeError(
-                "This PeftModel puts virtual tokens before the input, outside of the model whose layers are scored, so the layers "
-                "would not see what they see in use. Score the layers of `model.get_base_model()`."
-            )
+        refuse_virtual_tokens(model)
         share = is_share(data)
         sizes = dict(batch_size=batch_size, max_length=max_length, pack=pack, max_tokens=max_tokens)
         if share:
@@ -119,6 +115,19 @@ def score_layers(
         about = used | ({"site": site or score.sites[0]} if score.sites else {}) if score.needs_data else {}
         results[name] = _result(score, values, details, found, about)
     return results[by] if isinstance(by, str) else results
+
+
+def refuse_virtual_tokens(model: nn.Module) -> None:
+    """Refuses a model whose layers are run here without what stands before their input in use.
+
+    Raises:
+        LayerProbeError: A `PeftModel` with virtual tokens (prompt or prefix tuning).
+    """
+    if learns_prompts(model):
+        raise LayerProbeError(
+            "This PeftModel puts virtual tokens before the input, outside of the model whose layers are scored, so the layers "
+            "would not see what they see in use. Score the layers of `model.get_base_model()`."
+        )
 
 
 def _result(score: Score, values: np.ndarray, details: dict, stack: LayerStack, used: dict[str, Any]) -> LayerScores:
