@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
+import transformers
 from transformers import PreTrainedModel
 
 from . import plan as planning
@@ -49,6 +50,16 @@ class LayerProbe:
         """See [`hf_layerprobe.prune_layers`]; the new model has these methods too."""
         return pruning.prune_layers(self, plan, **options)
 
+    @wraps(PreTrainedModel.save_pretrained)
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        # Transformers writes the name of the model's class into the config, and whoever loads the folder has not this one.
+        own = type(self)
+        self.__class__ = _saved_class(own)
+        try:
+            super().save_pretrained(*args, **options)
+        finally:
+            self.__class__ = own
+
     @staticmethod
     def attach(model: PreTrainedModel) -> PreTrainedModel:
         """Adds the methods to a model in place and returns it.
@@ -82,6 +93,21 @@ class LayerProbe:
                 )
             model.__class__ = type(model).__bases__[1]
         return model
+
+
+@cache
+def _saved_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class under the name of the first one below it that Transformers has, if that is one to load.
+
+    One that was attached to has its name already, and one that is saved with its code is loaded by its own.
+    """
+    if issubclass(model_class, _Attached) or model_class._auto_class is not None:
+        return model_class
+    for base in model_class.__mro__:
+        is_model = issubclass(base, PreTrainedModel) and not base.__name__.endswith("PreTrainedModel")
+        if is_model and getattr(transformers, base.__name__, None) is base:
+            return type(base.__name__, (model_class,), {})
+    return model_class
 
 
 class _Attached(LayerProbe):

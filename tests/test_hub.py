@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from hf_layerprobe import (
     HubError,
+    LayerProbe,
     LayerProbeError,
     PruningError,
     PruningPlan,
@@ -120,6 +121,22 @@ def test_prune_and_push_then_load_by_id(hub, tmp_path, caplog):
     assert not any(had_token for _, path, had_token in hub.requests if path.startswith("/storage/"))
     assert not any(TOKEN.encode() in data for folder in (tmp_path, hub.home) for data in contents(folder).values())
     assert not any(str(tmp_path).encode() in data or str(Path.home()).encode() in data for data in sent.values())
+
+
+class Mixed(LayerProbe, tf.LlamaForCausalLM):
+    """A user's own class."""
+
+
+def test_what_a_mixin_pushes_is_a_plain_model(hub, tmp_path, monkeypatch):
+    """Both ways of Transformers upload the folder that `save_pretrained` has written."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    model = Mixed(tiny_model("llama").config)
+    model.push_to_hub("ada/one")
+    model.save_pretrained(tmp_path / "other", push_to_hub=True, repo_id="ada/other")
+    for name in ("ada/one", "ada/other"):
+        assert type(tf.AutoModelForCausalLM.from_pretrained(name)) is tf.LlamaForCausalLM
+        config = json.loads(hub.repos[name].commits[hub.repos[name].branches["main"]]["config.json"])
+        assert config["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_a_name_without_its_owner(hub, tmp_path):

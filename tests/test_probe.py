@@ -1,6 +1,7 @@
 """The mixin: attached or inherited, a model stays what it was for everybody else."""
 
 import copy
+import inspect
 import json
 import pickle
 
@@ -13,6 +14,7 @@ from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 import hf_layerprobe
 from hf_layerprobe import LayerProbe, avss, docs, find_stacks, score_layers
+from hf_layerprobe.loading import load_model
 
 IDS = torch.arange(3, 11)[None]
 
@@ -197,6 +199,40 @@ def test_from_pretrained_and_back(tmp_path):
     same(tiny_model("llama"), plain)
     same(mixed, plain)
     assert type(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")) is tf.LlamaForCausalLM
+
+
+def architectures(folder):
+    return json.loads((folder / "config.json").read_text())["architectures"]
+
+
+def test_a_mixin_saves_a_plain_model(tmp_path):
+    """Whoever loads the folder by its config has no such class."""
+    model = MyModel(FAMILIES["llama"][1]()).eval()
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    assert architectures(tmp_path / "saved") == ["LlamaForCausalLM"] and type(model) is MyModel
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    same(load_model(tmp_path / "saved"), model)
+    assert docs(tmp_path / "saved", kinds=["q"])["q"].shape == (4, 4)
+    pruned = model.prune_layers(remove=[1], output_dir=tmp_path / "pruned")
+    assert architectures(tmp_path / "pruned") == ["LlamaForCausalLM"] and type(pruned) is MyModel
+    same(load_model(tmp_path / "pruned"), pruned)
+    assert inspect.signature(model.save_pretrained) == inspect.signature(tiny_model("llama").save_pretrained)
+
+
+class Mine(tf.LlamaForCausalLM):
+    """A user's own class without the mixin."""
+
+
+class Coded(LayerProbe, tf.LlamaForCausalLM):
+    """One that is saved with its code."""
+
+
+def test_a_class_that_is_to_be_loaded_by_its_own_name_keeps_it(tmp_path):
+    LayerProbe.attach(Mine(FAMILIES["llama"][1]())).save_pretrained(tmp_path / "attached")
+    assert architectures(tmp_path / "attached") == ["Mine"]
+    Coded.register_for_auto_class("AutoModelForCausalLM")
+    Coded(FAMILIES["llama"][1]()).save_pretrained(tmp_path / "coded")
+    assert architectures(tmp_path / "coded") == ["Coded"]
 
 
 def test_copies_and_pickles_of_a_mixin():
