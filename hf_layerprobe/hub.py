@@ -6,13 +6,14 @@ All traffic is `huggingface_hub`'s. The token is handed to it and to nothing els
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -99,7 +100,7 @@ def push_model(
     push = Push(access.repo_id, revision or "main", {name: path.stat().st_size for name, path in files.items()}, stale)
     if dry_run:
         return push
-    api, token = _api(), _checked(token)
+    api = _api()
     with _explained(f"push {folder} to", access.repo_id):
         api.create_repo(access.repo_id, private=private, token=token, exist_ok=True)
         if revision is not None and not revision.startswith("refs/pr/"):
@@ -144,7 +145,8 @@ def check_push(
     Raises:
         HubError: See [`push_model`].
     """
-    api, token = _api(), _checked(token)
+    check_token(token)
+    api = _api()
     with _explained("push to", repo_id):
         validate_repo_id(repo_id)
         account = api.whoami(token=token)
@@ -176,8 +178,9 @@ def fetch_file(repo_id: str, name: str, *, revision: str | None = None, token: s
     Raises:
         HubError: No such repository, revision or file, no access to it, or no connection and nothing in the cache.
     """
+    check_token(token)
     with _explained(f"read {name} of", repo_id):
-        return Path(hf_hub_download(repo_id, name, revision=revision, token=_checked(token)))
+        return Path(hf_hub_download(repo_id, name, revision=revision, token=token))
 
 
 def is_repo_id(name: str) -> bool:
@@ -200,15 +203,35 @@ def _api() -> HfApi:
     return HfApi(library_name="hf-layerprobe", library_version=__version__)
 
 
-def _checked(token: Any) -> str | bool | None:
-    """A token as it can be sent. Otherwise the HTTP library would quote it in its complaint about the header."""
-    if token is None or isinstance(token, bool):
-        return token
-    if not isinstance(token, str) or not (
-        token.strip().isascii() and token.strip().isprintable() and token.split()[1:] == []
-    ):
-        raise HubError("token= is not a token: expected a line of plain characters without spaces, such as hf_… .")
-    return token.strip()
+def check_token(token: Any) -> None:
+    """Refuses a token that cannot be sent, which the HTTP library would quote in its complaint about the header.
+
+    Raises:
+        HubError: The token, or the stored one where that would be sent, is none. It is not quoted.
+    """
+    if token is None or token is True:
+        fits = constants.HF_HUB_OFFLINE or _stored_is_token()
+        names = (name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name))
+        what, remedy = next(names, constants.HF_TOKEN_PATH), " Correct it, or remove it and run `hf auth login`."
+    else:
+        fits = token is False or (isinstance(token, str) and _is_token(token))
+        what, remedy = "token=", ""
+    if not fits:
+        raise HubError(
+            f"{what} is not a token: expected plain characters without spaces and line breaks, such as hf_… .{remedy}"
+        )
+
+
+def _is_token(text: str) -> bool:
+    return text.isascii() and text.isprintable() and " " not in text
+
+
+def _stored_is_token() -> bool:
+    try:
+        stored = get_token()
+    except UnicodeDecodeError:  # a file that is no text
+        return False
+    return stored is None or _is_token(stored)
 
 
 def _is_model_file(name: str) -> bool:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.quantizers import AutoHfQuantizer
 
 from .errors import LayerProbeError
+from .hub import check_token
 
 
 def load_model(name_or_path: str | Path, *, token: str | bool | None = None) -> PreTrainedModel:
@@ -21,7 +22,7 @@ def load_model(name_or_path: str | Path, *, token: str | bool | None = None) -> 
 
     Raises:
         LayerProbeError: There is no config that Transformers can read, or it names no class, or one that Transformers does
-            not have; or the model is quantised in a way that does not run here.
+            not have; or the model is quantised in a way that does not run here; or the token cannot be sent.
         OSError: No such folder or Hub id.
     """
     config, model_class = load_class(name_or_path, token=token)
@@ -47,6 +48,7 @@ def load_class(
                 f"There is no folder {str(name_or_path)!r}, and it is no Hub id. Name a folder that `save_pretrained` wrote, or an "
                 "id such as 'organisation/model'."
             ) from error
+        check_token(token)
     try:
         # Never asks, never runs its code.
         config = AutoConfig.from_pretrained(name_or_path, token=token, trust_remote_code=False)

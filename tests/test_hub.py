@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from hf_layerprobe import (
     PruningPlan,
     docs,
     plan_pruning,
+    prune_checkpoint,
     prune_layers,
     push_model,
 )
@@ -265,6 +267,7 @@ def refuse(message, action, folder):
         ("hf_wrong", "ada/small", "does not accept the token"),
         ("hf_wri\nter", "ada/small", "token= is not a token"),
         ("hf_wriтer", "ada/small", "token= is not a token"),
+        (f"{TOKEN}\n", "ada/small", "token= is not a token: expected plain characters without spaces and line breaks"),
         ("hf_reader", "ada/small", "no permission to write to 'ada/small': it may only read"),
         ("hf_other", "ada/small", "no permission to write to 'ada/small': it belongs to eve"),
         (TOKEN, "ada/sm all", "that is no Hub id; expected 'user/name'"),
@@ -279,6 +282,38 @@ def test_refused_before_the_work(hub, token, repo_id, message, tmp_path):
 
     refuse(message, prune, tmp_path)
     assert not hub.repos
+
+
+@pytest.mark.parametrize("token", ["hf_wri\x0bter", "hf_wriтer", "hf_wri ter", b"hf_wri\xffter"])
+@pytest.mark.parametrize("place", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "file"])
+def test_a_stored_token_that_cannot_be_sent_is_not_quoted(hub, place, token, pruned, tmp_path, monkeypatch):
+    if place == "file":
+        (hub.home / "token").write_bytes(token if isinstance(token, bytes) else token.encode())
+    else:
+        monkeypatch.setenv(place, os.fsdecode(token))
+    message = (
+        f"{re.escape(str(hub.home / 'token')) if place == 'file' else place} is not a token: expected plain characters"
+    )
+    for action in (
+        lambda: push_model(pruned, "ada/small"),
+        lambda: push_model(pruned, "ada/small", token=True),
+        lambda: PruningPlan.from_pretrained("ada/small"),
+        lambda: docs("ada/small"),
+        lambda: prune_layers("ada/small", remove=[1]),
+        lambda: prune_checkpoint("ada/small", remove=[1], output_dir=tmp_path / "out"),
+    ):
+        refuse(message, action, tmp_path)
+    assert not hub.requests
+
+
+def test_a_stored_token_that_nobody_needs_is_no_hindrance(hub, pruned, monkeypatch):
+    store(hub, "ada/small", pruned)
+    PruningPlan.from_pretrained("ada/small", token=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_wri\x0bter")
+    assert push_model(pruned, "ada/small", token=TOKEN, dry_run=True).repo_id == "ada/small"
+    assert PruningPlan.from_pretrained("ada/small", token=False).remove == (1,)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert PruningPlan.from_pretrained("ada/small").remove == (1,)
 
 
 def test_permission_that_only_the_commit_shows(hub, pruned, tmp_path):
