@@ -113,15 +113,34 @@ def test_killed_and_resumed(tmp_path, monkeypatch):
     assert len(calls) - 5 == 3 * 7 - 4 and np.array_equal(again["up"], expected["up"])
 
 
-@pytest.mark.parametrize("change", ["weights", "axis", "layers"])
+@pytest.mark.parametrize("change", ["weights", "one value", "two rows", "axis", "layers"])
 def test_rows_of_another_run_are_refused(tmp_path, change):
     model = tiny_model("llama")
     docs(model, kinds=["q"], resume=tmp_path)
     options = {"axis": {"axis": "in"}, "layers": {"layers": [0, 1]}}.get(change, {})
     if change == "weights":
         model.model.layers[2].self_attn.q_proj.weight.data[0, 0] += 1
+    if change == "one value":  # in the middle, by the last bit
+        weight = model.model.layers[2].self_attn.q_proj.weight.data
+        weight[9, 13] = torch.nextafter(weight[9, 13], torch.tensor(9.0))
+    if change == "two rows":
+        weight = model.model.layers[2].self_attn.q_proj.weight.data
+        weight[[3, 4], 5] = weight[[4, 3], 5]
     with pytest.raises(LayerProbeError, match="holds rows of another run"):
         docs(model, kinds=["q"], resume=tmp_path, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_same_weights_are_the_same_run(tmp_path, dtype):
+    """However they lie in memory, and on any number of threads."""
+    model, twin = (tiny_model("gpt2").to(dtype) for _ in range(2))
+    docs(model, kinds=["up"], resume=tmp_path)
+    for block in twin.transformer.h:
+        block.mlp.c_fc.weight.data = block.mlp.c_fc.weight.data.T.contiguous().T
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    docs(twin, kinds=["up"], resume=tmp_path)
+    torch.set_num_threads(threads)
 
 
 SHARED = """
