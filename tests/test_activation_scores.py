@@ -131,6 +131,22 @@ def test_no_value_below_eps_does_not_divide_by_zero(token_batches):
     np.testing.assert_allclose(scores.details["sparsity"], 1 / (tokens * 32))
 
 
+@pytest.mark.parametrize("variant", ["published", "released"])
+def test_a_papers_score_varied_is_not_the_papers(variant, token_batches):
+    model, sites = tiny_model("llama"), ("layer", "mlp-inner") if variant == "published" else ("layer",)
+    for site in sites:
+        for eps in (None, 1e-5, 0.1):
+            found = avss(model, token_batches, variant=variant, site=site, eps=eps)
+            assert found.source.startswith("our own definition, after AVSS") == (site != "layer" or eps == 0.1)
+            assert "2411.02117" in found.source
+
+
+@pytest.mark.parametrize("name, paper", [("cka", "1905.00414"), ("lid", "2402.18048")])
+def test_importance_that_no_paper_makes_of_a_measure_is_ours(name, paper, token_batches):
+    source = score_layers(tiny_model("llama"), token_batches, by=name).source
+    assert source.startswith("our own definition, after") and paper in source
+
+
 def test_results_say_what_they_are(token_batches):
     model = tiny_model("llama")
     relative, published = avss(model, token_batches), avss(model, token_batches, variant="published")

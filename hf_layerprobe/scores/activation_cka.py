@@ -1,4 +1,4 @@
-"""Linear CKA between the states before and after each layer, and between any two (arXiv 1905.00414)."""
+"""Linear CKA between the states before and after each layer, and between any two (our own definition, after arXiv 1905.00414)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from ..activations import TokenSample
 from .indices import KORNBLITH, Features, cka_debiased
-from .registry import register
+from .registry import OURS, register
 
 
 def alignment(sample: TokenSample) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -30,7 +30,8 @@ register(
     "cka",
     TokenSample,
     read=alignment,
-    source=f"debiased linear CKA of sampled tokens, {KORNBLITH.split(';')[0]}",
+    # The paper compares layers with it, and does not say that a layer matters less for it.
+    source=f"{OURS}, after debiased linear CKA, {KORNBLITH.split(';')[0]}",
     higher_is_more_important=False,
     needs_data=True,
 )

@@ -180,7 +180,7 @@ def avss(
             the authors' code computes. `"relative"` (our own definition, the default) is the published ratio on the
             layer's update in units of the stream it is added to, which makes it independent of the stream's growth with
             depth. The published form almost always calls the first layers the least important; removing those ruins a
-            model.
+            model. Another `eps` or `site` than its own makes a variant our own definition, and its `source` says so.
         eps: Threshold of inactivity; 1e-5 by default, 0.05 for the relative variant. A layer without a single value
             below it counts as having one.
         site: Which activations are measured; see [`score_layers`]. The relative variant is about what is added to the

@@ -1,4 +1,4 @@
-"""Local intrinsic dimension of each layer's output (arXiv 2402.18048; Levina–Bickel maximum likelihood)."""
+"""Local intrinsic dimension of each layer's output (our own definition, after arXiv 2402.18048)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 
 from ..activations import TokenSample
 from ..precision import widest
-from .registry import register
+from .registry import OURS, register
 
-SOURCE = "local intrinsic dimension, arXiv 2402.18048; averaged over sampled tokens"
+# The paper gives an answer its dimension, from those to the same task; this gives a layer the mean over tokens.
+SOURCE = f"{OURS}, after local intrinsic dimension, arXiv 2402.18048"
 
 
 def intrinsic_dimension(sample: TokenSample) -> tuple[np.ndarray, dict[str, np.ndarray]]:

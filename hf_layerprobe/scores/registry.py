@@ -44,6 +44,12 @@ class Score:
         """Whether it is measured on the activations of any forward pass."""
         return self.needs_data and not self.own_runs
 
+    def source_with(self, options: Mapping[str, Any]) -> str:
+        """The source; where a paper's score has options of `make` that are not its own, that this is our variation of it."""
+        parameters = inspect.signature(self.make).parameters
+        varied = any(value != parameters[name].default for name, value in options.items())
+        return f"{OURS}, after {self.source}" if varied and not self.source.startswith(OURS) else self.source
+
     def check_options(self, options: Mapping[str, Any], *others: str) -> None:
         """Refuses options that `make` does not have.
 

@@ -19,7 +19,8 @@ class LayerScores:
         values: One value a layer, in depth order; shape `[num_layers]`, float64.
         higher_is_more_important: Whether a high value argues for keeping the layer.
         stack: Path of the stack.
-        source: The paper that defines the score, or "our own definition".
+        source: The paper that defines the score, or "our own definition", also of a paper's score with other options than its
+            own.
         details: Arrays behind the score, one value a layer each, unless the score says otherwise. With `distances`
             (`[num_layers + 1, num_layers + 1]`, between the states before any two layers) a score rates blocks of
             layers.

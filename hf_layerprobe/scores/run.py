@@ -113,7 +113,7 @@ def score_layers(
     for name, score in zip(names, scores, strict=True):
         values, details = score.read(built[score.make]) if score.needs_data else score.make(found, **options)
         about = used | ({"site": site or score.sites[0]} if score.sites else {}) if score.needs_data else {}
-        results[name] = _result(score, values, details, found, about)
+        results[name] = _result(score, values, details, found, about, score.source_with(options))
     return results[by] if isinstance(by, str) else results
 
 
@@ -130,7 +130,9 @@ def refuse_virtual_tokens(model: nn.Module) -> None:
         )
 
 
-def _result(score: Score, values: np.ndarray, details: dict, stack: LayerStack, used: dict[str, Any]) -> LayerScores:
+def _result(
+    score: Score, values: np.ndarray, details: dict, stack: LayerStack, used: dict[str, Any], source: str
+) -> LayerScores:
     bad = np.flatnonzero(~np.isfinite(values)).tolist()
     if bad and not score.needs_data:
         raise LayerProbeError(
@@ -143,7 +145,7 @@ def _result(score: Score, values: np.ndarray, details: dict, stack: LayerStack, 
             "infinite values, or no token reached the layer. Check the weights, or run in float32 or bfloat16."
         )
     higher, notes = score.higher_is_more_important, _notes(details)
-    return LayerScores(score.name, values, higher, stack.path, score.source, details, used, notes)
+    return LayerScores(score.name, values, higher, stack.path, source, details, used, notes)
 
 
 def _notes(details: dict[str, np.ndarray]) -> tuple[str, ...]:
