@@ -25,7 +25,11 @@ def test_redundancy_is_the_excess_over_the_nearer_neighbour():
 
 
 def test_last_removes_from_the_end():
-    assert score_layers(tiny_model("llama"), by="last").least_important(2) == [2, 3]
+    found = score_layers(tiny_model("llama"), by="last")
+    assert found.least_important(2) == [2, 3] and found.least_important(0) == []
+    for number in (-1, 4):
+        with pytest.raises(LayerProbeError, match=f"must be between 0 and 3 of 4; got {number}"):
+            found.least_important(number)
 
 
 def test_random_is_seeded():

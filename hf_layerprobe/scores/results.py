@@ -51,8 +51,13 @@ class LayerScores:
         A score that rates blocks names the contiguous block of that many layers whose two ends are the closest.
 
         Raises:
-            LayerProbeError: A value is NaN, so that there is no order.
+            LayerProbeError: A number of layers that there are not to remove, or a value is NaN, so that there is no order.
         """
+        if not 0 <= number < len(self):
+            raise LayerProbeError(
+                f"The number of layers that are the least important must be between 0 and {len(self) - 1} of {len(self)}; got "
+                f"{number!r}."
+            )
         if np.isnan(self.values).any():
             bad = np.flatnonzero(np.isnan(self.values)).tolist()
             raise LayerProbeError(f"The score {self.name!r} is NaN for layers {bad}; it cannot rank them.")
