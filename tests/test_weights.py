@@ -7,8 +7,8 @@ import transformers as tf
 from tiny import FAMILIES, GQA, redrawn, tiny_model
 from torch import nn
 
-from hf_layerprobe import LayerProbeError, docs, find_stacks
-from hf_layerprobe.weights import LiveWeights, find_modules, layer_matrices, read_matrices
+from hf_layerprobe import LayerProbeError, docs, find_stacks, score_layers
+from hf_layerprobe.weights import KINDS, LiveWeights, find_modules, layer_matrices, read_matrices
 from hf_layerprobe.weights.read import matrix_parts
 
 GATED = {"llama", "qwen3", "gemma3", "mistral", "mixtral", "t5"}
@@ -129,7 +129,7 @@ def test_a_language_model_inside_another_is_split_by_its_own_config():
 
 
 @pytest.mark.parametrize("model", ["codegen", "llama4"])
-def test_packings_that_are_not_known_are_refused(model):
+def test_packings_that_are_not_known_are_refused(model, tmp_path):
     if model == "codegen":
         config = tf.CodeGenConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=64, rotary_dim=4)
         stack, kind = find_stacks(tf.CodeGenForCausalLM(config))[0], "q"
@@ -142,6 +142,31 @@ def test_packings_that_are_not_known_are_refused(model):
     with pytest.raises(LayerProbeError, match="is not known|is not supported"):
         list(read_matrices(stack, [kind]))
     assert len(list(read_matrices(stack, ["o"]))) == 2
+    # Not asked for, they are left out.
+    left_out = ["q", "k", "v"] if model == "codegen" else ["gate", "up", "down"]
+    found = docs(stack.model)
+    absent = {"gate"} if model == "codegen" else set()
+    assert set(found.kinds) == set(LiveWeights(stack).kinds) == set(KINDS) - set(left_out) - absent
+    assert [note.split(":")[0] for note in found.notes] == [f"{kind} is left out" for kind in left_out]
+    stack.model.save_pretrained(tmp_path)
+    assert docs(tmp_path).kinds == found.kinds and docs(tmp_path).notes == found.notes
+    assert np.isfinite(score_layers(stack.model, by="docs").values).all()
+
+
+def test_a_model_of_which_nothing_can_be_read_is_refused():
+    config = tf.CodeGenConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=64, rotary_dim=4)
+    stack = find_stacks(tf.CodeGenForCausalLM(config))[0]
+    for layer in stack.layers:
+        del layer.attn.out_proj, layer.mlp.fc_in, layer.mlp.fc_out
+    with pytest.raises(LayerProbeError, match="is not known"):
+        LiveWeights(stack)
+
+
+def test_one_kind_and_letters_as_text():
+    stack = find_stacks(tiny_model("llama"))[0]
+    assert LiveWeights(stack, "up").kinds == ("up",) and LiveWeights(stack, "qkvo").kinds == ("q", "k", "v", "o")
+    with pytest.raises(LayerProbeError, match="Unknown matrix kinds 'q,up'; the kinds are q, k"):
+        LiveWeights(stack, "q,up")
 
 
 def test_modernbert_fuses_gate_and_up():

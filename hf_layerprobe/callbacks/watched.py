@@ -86,6 +86,8 @@ class WatchedModel:
         tuned = any(hasattr(module, "base_layer") for layer in self._present for module in layer.modules())
         self.weights_label = [*self.label, *([adapters] if tuned else [])]
         self.weights = LiveWeights(self.stack, kinds, adapters=adapters) if needs_weights else None
+        for note in self.weights.notes if self.weights else ():
+            logger.warning(f"{self.stack.path}: {note}")
 
     def is_of(self, model: nn.Module) -> bool:
         now = self.stack.layers if self.stack.model is base_of(model) else ()

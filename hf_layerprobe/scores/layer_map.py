@@ -72,7 +72,7 @@ def docs(
     Args:
         model: A model, of which only weights are read; or a folder or Hub id with safetensors, which are read matrix by
             matrix without building the model.
-        kinds: Some of q, k, v, o, gate, up, down; all that the model has by default.
+        kinds: Some of q, k, v, o, gate, up, down; all that the model has and that can be read by default.
         axis: `"out"` or `"in"`; see [`docs_similarity`].
         stack: Path of the stack, in both models; the main one of each by default.
         other: A second model or checkpoint (a tuned one, say); its layers are then the columns. Kinds that one of the two
@@ -88,6 +88,7 @@ def docs(
     Returns:
         One matrix a kind, with the chance level of its shapes (for `"docs"`). Gaps are NaN, and each has a line in
         `notes`: a layer of either model that lacks the kind or has only zeros, or two whose vectors have different lengths.
+        So has a kind that is left out because it cannot be read.
 
     Raises:
         LayerProbeError: No stack, an unknown kind, axis, index or layer, no kind that both models have, weights that are
@@ -107,7 +108,8 @@ def docs(
     itself = 1.0 if index == "docs" else INDICES[index].self_value
     known = other is None and itself is not None  # a matrix with itself need not be computed
     options = {"axis": axis, "index": index, "sample": sample, "seed": seed, "symmetric": symmetric}
-    notes = _one_sided(here, there)
+    notes = list(dict.fromkeys((*here.weights.notes, *there.weights.notes)))
+    notes += _one_sided(here, there)
     blocks = _blocks(here, there, symmetric, known, sample, notes)
     store = BlockStore(resume, _run_id(here, there, options)) if resume is not None else None
     rows = store.load() if store is not None else {}

@@ -28,7 +28,7 @@ def open_checkpoint(
         name_or_path: A local folder with `config.json` and safetensors, or a Hub id (the only case that may use the
             network). Of a Hub checkpoint in several files, only those with matrices that are asked for are fetched.
         stack: Path of the stack; the main one by default.
-        kinds: Some of q, k, v, o, gate, up, down; all that the model has by default.
+        kinds: Some of q, k, v, o, gate, up, down; all that the model has and that can be read by default.
 
     Raises:
         LayerProbeError: No checkpoint there, or none in safetensors; its class is not in Transformers; it has no stack;
@@ -46,7 +46,7 @@ def open_checkpoint(
         model = model_class(config)
     found = resolve_stack(model, stack)
     shards = Shards(name)
-    checkpoint = Checkpoint(found, shards, present_kinds(found, kinds), quantisation.get("weight_block_size"))
+    checkpoint = Checkpoint(found, shards, *present_kinds(found, kinds), quantisation.get("weight_block_size"))
     if is_folder:  # fail now rather than after an hour; a Hub checkpoint is fetched as it is read
         checkpoint.locate()
     return checkpoint
@@ -60,13 +60,20 @@ class Checkpoint:
     Attributes:
         stack: The layers, on the meta device (shapes without values).
         kinds: The kinds of matrix to read, in the order of `KINDS`.
+        notes: What the model has but is left out, and why.
     """
 
     def __init__(
-        self, stack: LayerStack, shards: Shards, kinds: tuple[str, ...], block: tuple[int, int] | None = None
+        self,
+        stack: LayerStack,
+        shards: Shards,
+        kinds: tuple[str, ...],
+        notes: tuple[str, ...] = (),
+        block: tuple[int, int] | None = None,
     ) -> None:
         self.stack = stack
         self.kinds = kinds
+        self.notes = notes
         self._shards = shards
         self._block = block
         self._sources = find_sources(stack.model, shards.keys)

@@ -26,9 +26,12 @@ class LiveWeights:
 
     Args:
         stack: The layers to read.
-        kinds: Some of `KINDS`; all that the model has by default.
+        kinds: Some of `KINDS`; all that the model has and that can be read by default.
         adapters: In a PEFT model, `"merged"` reads what it computes with, each matrix with its active adapters merged
             into a copy; `"base"` reads the weights below them.
+
+    Attributes:
+        notes: What the model has but is left out, and why.
 
     Raises:
         LayerProbeError: An unknown kind, or one that no layer has.
@@ -38,7 +41,7 @@ class LiveWeights:
         self.stack = stack
         self._read = READERS[adapters]
         self.config = getattr(stack.owner, "config", None)
-        self.kinds = present_kinds(stack, kinds)
+        self.kinds, self.notes = present_kinds(stack, kinds)
 
     def parts(self, layer: int, kind: str) -> list[torch.Tensor]:
         """The matrices of that kind in one layer, `[out, in]` each: several for a mixture of experts, none if it has none.
@@ -78,7 +81,7 @@ def read_matrices(stack: LayerStack, kinds: Sequence[str] | None = None) -> Iter
 
     Args:
         stack: The layers to read.
-        kinds: Some of `KINDS`; all that the model has by default.
+        kinds: Some of `KINDS`; all that the model has and that can be read by default.
 
     Raises:
         LayerProbeError: An unknown kind, one that no layer has, weights that are not in memory or not finite.
@@ -90,16 +93,21 @@ def read_matrices(stack: LayerStack, kinds: Sequence[str] | None = None) -> Iter
                 yield layer, kind, one_matrix(parts, kind)
 
 
-def present_kinds(stack: LayerStack, kinds: Sequence[str] | None) -> tuple[str, ...]:
-    """The kinds to read, in the order of `KINDS`.
+def present_kinds(stack: LayerStack, kinds: Sequence[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The kinds to read, in the order of `KINDS`, and a note on each that is left out because it cannot be.
+
+    Args:
+        stack: The layers.
+        kinds: The kinds that are asked for, a name or several (`"qkvo"` is four); None leaves out what cannot be read.
 
     Raises:
-        LayerProbeError: An unknown kind, or one that no layer has.
+        LayerProbeError: An unknown kind, one that no layer has, or none that can be read.
     """
-    wanted = tuple(kinds) if kinds is not None else KINDS
+    wanted = KINDS if kinds is None else (kinds,) if kinds in KINDS else tuple(kinds)
     unknown = [kind for kind in wanted if kind not in KINDS]
     if unknown or not wanted:
-        raise LayerProbeError(f"Unknown matrix kinds {unknown}; the kinds are {', '.join(KINDS)}.")
+        named = repr(kinds) if isinstance(kinds, str) else unknown
+        raise LayerProbeError(f"Unknown matrix kinds {named}; the kinds are {', '.join(KINDS)}.")
     present = {kind for layer in stack.layers for weight in find_modules(layer) for kind in weight.kinds}
     missing = [kind for kind in wanted if kind not in present]
     if missing and (kinds is not None or not present):
@@ -107,7 +115,18 @@ def present_kinds(stack: LayerStack, kinds: Sequence[str] | None) -> tuple[str, 
             f"The layers of {stack.path!r} ({type(stack.layers[0]).__name__}) have no matrix known as "
             f"{', '.join(missing)}; known there: {', '.join(k for k in KINDS if k in present) or 'none'}."
         )
-    return tuple(kind for kind in KINDS if kind in wanted and kind in present)
+    found = tuple(kind for kind in KINDS if kind in wanted and kind in present)
+    unreadable: dict[str, LayerProbeError] = {}
+    for kind in found if kinds is None else ():
+        try:
+            for layer in stack.layers:
+                matrix_parts(layer, getattr(stack.owner, "config", None), kind, outline)
+        except LayerProbeError as error:
+            unreadable[kind] = error
+    if unreadable.keys() == set(found):
+        raise unreadable[found[0]]
+    notes = tuple(f"{kind} is left out: {error}" for kind, error in unreadable.items())
+    return tuple(kind for kind in found if kind not in unreadable), notes
 
 
 def check_readable(matrix: torch.Tensor, where: str) -> None:
