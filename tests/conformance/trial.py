@@ -22,7 +22,7 @@ from .tiny_config import tiny_configs
 from .types import classes_of
 
 LARGEST = 120e6  # parameters
-LONGEST = 25  # seconds of computing for finding inputs; four times as much for pruning
+LONGEST = 40  # seconds of computing for finding inputs, on the slowest of processors; four times as much for pruning
 
 
 class TooLong(BaseException):
