@@ -25,6 +25,7 @@ from hf_layerprobe import (
     prune_layers,
     score_layers,
 )
+from hf_layerprobe.hub import Access
 from hf_layerprobe.surgery import in_place
 from hf_layerprobe.surgery.in_place import prune_in_place
 
@@ -308,7 +309,7 @@ def test_the_pruned_model_is_pushed_with_the_trainers_settings(make_trainer, mon
         "transformers.Trainer.init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "me/tuned")
     )
     monkeypatch.setattr("transformers.Trainer._finish_current_push", lambda self: None)
-    monkeypatch.setattr("hf_layerprobe.prune.check_push", lambda *_args, **_options: None)
+    monkeypatch.setattr("hf_layerprobe.prune.check_push", lambda repo_id, **_options: Access(repo_id))
     monkeypatch.setattr(
         "hf_layerprobe.prune.push_model",
         lambda folder, repo_id, **options: pushed.update(options, folder=folder, repo_id=repo_id),
