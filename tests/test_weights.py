@@ -186,7 +186,11 @@ def test_cross_attention_is_not_mistaken_for_self_attention():
         assert torch.equal(matrix, decoder.layers[layer].self_attn.q_proj.weight)
 
 
-GATED_QUERIES = {"qwen3_next": {}, "qwen3_5_text": {}, "qwen3_5_moe_text": {}, "qwen4_exp_text": dict(
+# Early versions run Qwen3-Next with a layer of either kind only.
+GATED_QUERIES = {"qwen3_next": dict(
+    layer_types=["full_attention", "linear_attention"] * 2, linear_num_key_heads=2, linear_num_value_heads=2,
+    linear_key_head_dim=8, linear_value_head_dim=8,
+), "qwen3_5_text": {}, "qwen3_5_moe_text": {}, "qwen4_exp_text": dict(
     indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=4
 )}  # fmt: skip
 
@@ -195,7 +199,7 @@ GATED_QUERIES = {"qwen3_next": {}, "qwen3_5_text": {}, "qwen3_5_moe_text": {}, "
 def test_queries_without_the_gate_in_their_projection(model_type, tmp_path):
     """The norm on the queries gets what the matrix read as q computes."""
     small = dict(GQA, head_dim=16, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=2)
-    layers = dict(layer_types=["full_attention"] * 4, **GATED_QUERIES[model_type])
+    layers = {"layer_types": ["full_attention"] * 4} | GATED_QUERIES[model_type]
     config = tf.AutoConfig.for_model(model_type, **small, num_experts_per_tok=1, **layers)
     model = redrawn(tf.AutoModelForCausalLM.from_config(config))
     stack, queries, x = find_stacks(model)[0], [], []
