@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 from huggingface_hub.utils import _http, close_session
 from loopback_hub import LoopbackHub, Repo
 from tiny import tiny_folder, tiny_model
@@ -57,6 +57,7 @@ def hub(monkeypatch, tmp_path_factory):
         )  # older clients do not check the host
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # newer versions keep a client
+    monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)  # older versions call its functions
     # Older clients validate cards at huggingface.co whatever the endpoint.
     post = SimpleNamespace(
         post=lambda url, **options: _http.get_session().post(
