@@ -135,7 +135,7 @@ def test_what_a_mixin_pushes_is_a_plain_model(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     model = Mixed(tiny_model("llama").config)
     model.push_to_hub("ada/one")
-    model.save_pretrained(tmp_path / "other", push_to_hub=True, repo_id="ada/other")
+    model.save_pretrained(str(tmp_path / "other"), push_to_hub=True, repo_id="ada/other")
     for name in ("ada/one", "ada/other"):
         assert type(tf.AutoModelForCausalLM.from_pretrained(name)) is tf.LlamaForCausalLM
         config = json.loads(hub.repos[name].commits[hub.repos[name].branches["main"]]["config.json"])
