@@ -42,7 +42,7 @@ class PruningPlan:
         by: The rule: a score's name, "auto" or "explicit".
         scores: The score behind the choice (`LayerScores.to_dict()`), if there was one.
         candidates: For "auto": every plan that was measured, with its held-out loss in nats a token.
-        path: Of a greedy search, the best set of each size with its loss on the calibration text; see [`curve`].
+        path: Of a greedy search, the best set of each size that can go, with its loss on the calibration text; see [`curve`].
         data: What the choice was made from (`calibration`), and for "auto" measured on (`held_out`): number of tokens,
             fingerprint, options. Empty where no data were used.
         note: Why other layers go than those with the lowest scores, where the architecture cannot lose these.

@@ -223,16 +223,39 @@ def test_a_plan_holds_the_fingerprint_of_its_data(tmp_path):
     used = score_layers(model, TEXTS, by="influence", tokenizer=tiny_tokenizer()).data
     assert plan.data == {"calibration": used} and plan.scores["data"] == used and len(used["fingerprint"]) == 64
     assert plan_pruning(model, num_layers=1, by="last").data == plan_pruning(model, remove=[1]).data == {}
+    texts = [*TEXTS, *(text[::-1] for text in TEXTS)]
     for by in ("auto", "greedy"):
-        plan = plan_pruning(model, TEXTS * 2, by=by, **options)
-        calibration = (TEXTS * 2)[::2] if by == "auto" else TEXTS * 2
+        plan = plan_pruning(model, texts, by=by, **options)
+        calibration = texts[::2] if by == "auto" else texts
         expected = score_layers(model, calibration, by="influence", tokenizer=tiny_tokenizer()).data
-        assert plan.data["calibration"]["fingerprint"] == expected["fingerprint"]
-        assert plan.data["calibration"]["tokens"] == expected["tokens"]
+        assert {"packed", "max_length"} < expected.keys() and plan.data["calibration"].items() >= expected.items()
         assert PruningPlan.load(plan.save(tmp_path / "plan.json")) == plan
-    auto = plan_pruning(model, TEXTS * 2, by="auto", **options)
-    held_out = score_layers(model, (TEXTS * 2)[1::2], by="influence", tokenizer=tiny_tokenizer()).data
-    assert auto.data["held_out"]["fingerprint"] == held_out["fingerprint"]
+    # A text that is there twice is not in both halves.
+    auto = plan_pruning(model, [text for text in texts for _ in range(2)], by="auto", **options)
+    held_out = score_layers(model, texts[1::2], by="influence", tokenizer=tiny_tokenizer()).data
+    assert auto.data["held_out"] == held_out
+    with pytest.raises(LayerProbeError, match="are the same"):
+        plan_pruning(model, TEXTS[:1] * 4, by="auto", **options)
+
+
+def test_padding_on_the_left_is_none():
+    """GPT-2 counts positions from the first column on, padding or not."""
+    model, rows = tiny_model("gpt2"), [torch.arange(1, 1 + length) for length in (3, 7, 5, 8)]
+    padded = []
+    for left in (True, False):
+        place = (lambda row: slice(8 - len(row), 8)) if left else (lambda row: slice(0, len(row)))
+        batch = {name: torch.zeros(4, 8, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+        for row, ids, mask in zip(rows, *batch.values(), strict=True):
+            ids[place(row)], mask[place(row)] = row, 1
+        padded.append([{**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}])
+    scores = ["influence", "avss-relative", "bypass", "taylor", "angular"]
+    for name in scores:
+        left, right = (score_layers(model, batches, by=name).values for batches in padded)
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-8)
+    # Whoever says the positions has them.
+    positions = (padded[0][0]["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    said = score_layers(model, [{**padded[0][0], "position_ids": positions}], by="influence").values
+    np.testing.assert_allclose(said, score_layers(model, padded[1], by="influence").values, rtol=1e-4)
 
 
 SILENT = {"array": np.zeros(800, np.float32), "sampling_rate": 8000}

@@ -66,17 +66,41 @@ def test_before_and_after():
     assert found.to_dict()["after"]["perplexity"] == found.perplexity
 
 
+@pytest.mark.parametrize("other", [dict(max_length=4), dict(data=[text[::-1] for text in TEXTS])])
+def test_a_baseline_of_other_windows_or_text(other):
+    model = tiny_model("llama")
+    dense = evaluate_model(model, TEXTS, tokenizer=Bytes()).after
+    with pytest.raises(LayerProbeError, match="evaluated on other text or in other windows"):
+        evaluate_model(model, **{"data": TEXTS, **other}, tokenizer=Bytes(), baseline=dense)
+
+
+@pytest.mark.parametrize("reading", [{}, {"max_length": 16}, {"pack": False}])
 @pytest.mark.parametrize("by", ["influence", "contiguous", "auto"])
-def test_evaluating_on_the_calibration_texts_is_said(by, monkeypatch):
+def test_evaluating_on_the_calibration_texts_is_said(by, reading, monkeypatch):
     texts = [f"text {i}: the quick brown fox {i * 7919} jumps" for i in range(12)]
     model, tokenizer, said = tiny_model("llama"), tiny_tokenizer(), []
     monkeypatch.setattr(overlap.logger, "warning", said.append)
-    plan = plan_pruning(model, texts, num_layers=1, by=by, tokenizer=tokenizer)
+    plan = plan_pruning(model, texts, num_layers=1, by=by, tokenizer=tokenizer, **reading)
     pruned = prune_layers(model, plan)
     evaluate_model(pruned, [f"other {each}" for each in texts], tokenizer=tokenizer, plan=plan)
     assert said == []
     evaluate_model(pruned, texts, tokenizer=tokenizer, plan=plan)
     assert len(said) == 1 and "the plan's own" in said[0]
+    # As the command does: a plan from every other text.
+    half = plan_pruning(model, texts[::2], num_layers=1, by=by, tokenizer=tokenizer, **reading)
+    evaluate_model(pruned, texts, tokenizer=tokenizer, plan=half)
+    assert len(said) == 2
+
+
+def test_evaluating_on_the_texts_of_a_loader_is_said(monkeypatch):
+    model, tokenizer, said = tiny_model("llama"), tiny_tokenizer(), []
+    monkeypatch.setattr(overlap.logger, "warning", said.append)
+    loader = [tokenizer(TEXTS[i : i + 2], padding=True, return_tensors="pt") for i in range(0, len(TEXTS), 2)]
+    plan = plan_pruning(model, [dict(batch) for batch in loader], num_layers=1, by="influence")
+    evaluate_model(model, ["nothing of it", "nor this"], tokenizer=tokenizer, plan=plan)
+    assert said == []
+    evaluate_model(model, TEXTS, tokenizer=tokenizer, plan=plan)
+    assert len(said) == 1
 
 
 def test_evaluating_on_the_texts_of_a_repair_is_said(monkeypatch, tmp_path):

@@ -44,6 +44,48 @@ def test_only_weights_change(kind, tmp_path):
         assert torch.equal(pruned(ids).logits, type(pruned).from_pretrained(tmp_path)(ids).logits)
 
 
+@BOTH
+def test_what_accelerate_shares_is_as_it_was(kind):
+    """A caller's own accelerator goes on accumulating, in its own precision."""
+    from accelerate import Accelerator
+
+    own = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    with torch.no_grad():  # a caller who wants no gradients has them in the training only
+        _, found = trained(kind, closed_form=False, arguments={"bf16": True})
+    assert found["trained"]
+    assert own.gradient_accumulation_steps == 4 and own.mixed_precision == "no"
+    assert Accelerator(mixed_precision="no").mixed_precision == "no"
+    with torch.inference_mode(), pytest.raises(LayerProbeError, match="inference_mode.* rules out"):
+        trained(kind)
+
+
+@BOTH
+def test_what_has_nothing_to_predict(kind):
+    """One such row among the held-out ones counts nothing; if none has anything, no repair is begun."""
+    model = tiny_model("llama")
+    alone = [{"input_ids": ids[:, :1], "labels": ids[:, :1]} for ids in (b["input_ids"][:1] for b in text_batches(1))]
+    data = [{**batch, "labels": batch["input_ids"]} for batch in text_batches(12)]
+    data[1] = alone[0]  # held out
+    _, found = trained(kind, data, model, closed_form=False)
+    assert found["loss"] == "labels" and found["trained"]
+    silent = [{**batch, "labels": torch.full_like(batch["input_ids"], -100)} for batch in text_batches(12)]
+    with pytest.raises(LayerProbeError, match="Nothing that is held out counts for the loss .labels."):
+        trained(kind, silent, model)
+
+
+def test_a_loss_that_is_nan(monkeypatch):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(LayerProbeError, match="of the original and of the pruned model is NaN"):
+        repair_model(prune_layers(model, remove=[1], verify=False), model, [0, 2, 3], text_batches())
+
+
+def test_steps_are_counted_from_one():
+    with pytest.raises(LayerProbeError, match="steps must be a positive whole number, got 0"):
+        Finetune(steps=0)
+
+
 def test_a_half_precision_adapter_is_judged_merged():
     model = tiny_model("llama").bfloat16()
     data = text_batches(12)
@@ -156,6 +198,39 @@ def test_a_decoder_reads_the_labels(kind, family):
     expected = [model.prepare_decoder_input_ids_from_labels(batch["labels"]) for batch in data]
     assert found["trained"] and read
     assert all(any(torch.equal(ids, each) for each in expected) for ids in read)
+
+
+M2M = dict(
+    d_model=32, encoder_layers=4, decoder_layers=4, encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_attention_heads=4,
+    decoder_attention_heads=4, vocab_size=64, max_position_embeddings=64,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("repair", ["closed-form", Finetune(**healing()), Lora(**healing())])
+def test_decoders_that_shift_labels_inside_of_forward(repair):
+    """M2M100 has no function that shifts, and Whisper none either; what they read is their labels, shifted."""
+    texts = [f"text {i}: the quick brown fox" for i in range(12)]
+    options = dict(tokenizer=tiny_tokenizer(), repair=repair)
+    m2m = redrawn(tf.M2M100ForConditionalGeneration(tf.M2M100Config(**M2M)))
+    prune_layers(m2m, remove=[1], data=texts, **options)
+    whisper = tiny_model("whisper")
+    draw = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "input_features": torch.randn(2, 16, 48, generator=draw),
+            "labels": torch.randint(3, 60, (2, 9), generator=draw),
+        }
+        for _ in range(8)
+    ]
+    read = []
+    whisper.model.decoder.register_forward_pre_hook(
+        lambda _m, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    prune_layers(whisper, remove=[1], data=batches, repair=repair)
+    assert any(ids.shape == (2, 9) for ids in read)
+    for ids in read:
+        if ids.shape == (2, 9):
+            assert any(torch.equal(ids[:, 1:], b["labels"][:, :-1]) for b in batches) and (ids[:, 0] == 1).all()
 
 
 @BOTH

@@ -176,7 +176,21 @@ def _batch(batch: Mapping, names: Iterable[str]) -> Batch:
                 ) from None
             # Python's numbers are float64 to NumPy, and models have float32 or less.
             tensors[name] = tensor.float() if tensor.dtype == torch.float64 else tensor
-    return tensors
+    return tensors if "decoder_input_ids" in names else _padded_on_the_right(tensors)
+
+
+def _padded_on_the_right(batch: Batch) -> Batch:
+    """Rows of token ids, with what was padded on their left moved behind them: a model of absolute positions (GPT-2) would
+    count it, unless it is told the positions."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None or mask is None or mask.dim() != 2 or mask.shape != ids.shape or "position_ids" in batch:
+        return batch
+    padding = mask.bool().int().argmax(-1, keepdim=True)
+    if not padding.any():
+        return batch
+    order = (torch.arange(mask.shape[1], device=mask.device) + padding) % mask.shape[1]
+    by_token = {n: t for n, t in batch.items() if t.shape == mask.shape and not t.is_floating_point()}
+    return {**batch, **{name: value.gather(1, order.to(value.device)) for name, value in by_token.items()}}
 
 
 def _check_reads_text(model: nn.Module) -> None:

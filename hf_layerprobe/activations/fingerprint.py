@@ -11,7 +11,11 @@ from torch import nn
 
 from ..errors import LayerProbeError
 from ..stacks import LayerStack
+from ..stacks.adapters import base_modules
 from .text import Batch
+
+# So many values of each tensor, evenly spaced over it, tell two models apart.
+VALUES = 256
 
 
 class Fingerprint:
@@ -46,11 +50,17 @@ class Fingerprint:
 
 
 def digest(stack: LayerStack, batches: Iterable[Batch]) -> str:
-    """SHA-256 of a stack's place, the first values of each tensor of its model, and all batches: what the files that a later
-    run goes on from belong to."""
+    """SHA-256 of a stack's place, some values of each tensor of its model, the adapters that act, and all batches: what the
+    files that a later run goes on from belong to."""
     found = hashlib.sha256(f"{type(stack.model).__name__} {stack.path} {stack.num_layers}".encode())
     for parameter in stack.model.parameters():
-        found.update(repr(parameter.flatten()[:4].tolist()).encode())
+        values = parameter.detach().flatten()
+        found.update(repr(values[:: max(1, values.numel() // VALUES)].tolist()).encode())
+    for _, _, around in base_modules(stack.model):
+        if around is not None:
+            acting = [] if around.disable_adapters else around.active_adapters
+            scaling = getattr(around, "scaling", {})
+            found.update(repr([(name, scaling.get(name)) for name in acting]).encode())
     for batch in batches:
         for name, value in sorted(batch.items()):
             found.update(f"{name} {list(value.shape)}".encode())

@@ -130,9 +130,17 @@ def decoder_inputs(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> B
     """What the decoder of an encoder-decoder model reads: the tokens, shifted right as the model shifts its labels."""
     if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
         return {}
-    # Models without either shift their input ids themselves.
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or getattr(model, "_shift_right", None)
-    shifted = {} if shift is None else {"decoder_input_ids": shift(torch.where(mask.bool(), ids, -100))}
+    config = model.config
+    if getattr(config, "decoder_start_token_id", None) is None:
+        config = getattr(config, "text_config", config)
+    start = getattr(config, "decoder_start_token_id", None)
+    shifted = {}
+    if shift is not None:
+        shifted["decoder_input_ids"] = shift(torch.where(mask.bool(), ids, -100))
+    elif start is not None:  # M2M100 and Whisper shift inside of forward, and labels alone
+        ids = torch.where(mask.bool(), ids, config.pad_token_id or 0)
+        shifted["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
     return {**shifted, "decoder_attention_mask": mask}
 
 

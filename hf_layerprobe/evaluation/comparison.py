@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -34,6 +36,7 @@ class Evaluation:
         parameters: Parameters of the model, tied ones once.
         text_losses: Summed loss of each text that is not empty, nats, `[texts]`.
         text_bytes: UTF-8 bytes of each of them, `[texts]`.
+        data: SHA-256 of the tokens and the windows that they were read in.
     """
 
     loss: float
@@ -44,6 +47,7 @@ class Evaluation:
     parameters: int
     text_losses: np.ndarray = field(repr=False, compare=False)
     text_bytes: np.ndarray = field(repr=False, compare=False)
+    data: str = field(default="", repr=False, compare=False)
 
     @property
     def bits_per_byte_interval(self) -> Interval:
@@ -134,8 +138,8 @@ def evaluate_model(
         The evaluation of the model as `.after`, of the baseline as `.before`.
 
     Raises:
-        LayerProbeError: No text, no tokenizer, a size that is not positive, or a model that does not predict the next
-            token.
+        LayerProbeError: No text, no tokenizer, a size that is not positive, a baseline's evaluation on other text or windows, or
+            a model that does not predict the next token.
     """
     if tokenizer is None:
         raise LayerProbeError("evaluate_model measures on text, so it needs tokenizer=.")
@@ -151,16 +155,19 @@ def evaluate_model(
     if plan is not None:
         warn_if_seen(texts, plan, model, tokenizer)
     before = None
+    about = hashlib.sha256(json.dumps(windows).encode()).hexdigest()
     if isinstance(baseline, Evaluation):
         before = baseline
-        if [len(text.encode()) for text in texts] != baseline.text_bytes.tolist():
+        if baseline.data != about:
             raise LayerProbeError(
-                f"The baseline was evaluated on other text ({len(baseline.text_bytes)} texts of {baseline.bytes:,} bytes, "
-                f"here {len(texts)} of {sum(len(text.encode()) for text in texts):,}); evaluate it on the same."
+                f"The baseline was evaluated on other text or in other windows ({len(baseline.text_bytes)} texts of "
+                f"{baseline.bytes:,} bytes and {baseline.tokens:,} tokens; here {len(texts)} of "
+                f"{sum(len(text.encode()) for text in texts):,} and {sum(len(wanted) for _, (_, wanted) in windows):,}, at most "
+                f"{max_length} a window); evaluate it on the same."
             )
     elif baseline is not None:
-        before = _evaluate(baseline, texts, windows, batch_size)
-    return Comparison(after=_evaluate(model, texts, windows, batch_size), before=before)
+        before = _evaluate(baseline, texts, windows, batch_size, about)
+    return Comparison(after=_evaluate(model, texts, windows, batch_size, about), before=before)
 
 
 def _windows(text: str, tokenizer, max_length: int) -> Iterator[Request]:
@@ -171,7 +178,7 @@ def _windows(text: str, tokenizer, max_length: int) -> Iterator[Request]:
 
 
 def _evaluate(
-    model: PreTrainedModel, texts: list[str], windows: list[tuple[int, Request]], batch_size: int
+    model: PreTrainedModel, texts: list[str], windows: list[tuple[int, Request]], batch_size: int, about: str
 ) -> Evaluation:
     found = losses(model, [window for _, window in windows], batch_size=batch_size, desc="Perplexity")
     by_text = np.bincount([owner for owner, _ in windows], weights=found, minlength=len(texts))
@@ -187,4 +194,5 @@ def _evaluate(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         text_losses=by_text,
         text_bytes=sizes,
+        data=about,
     )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from ..activations.fingerprint import digest
 from ..activations.text import Batch
 from ..errors import LayerProbeError
@@ -23,8 +25,12 @@ def check_training(original: LayerStack, batches: Sequence[Batch], settings: Fin
     """Refuses what would fail after minutes.
 
     Raises:
-        LayerProbeError: Nothing to learn from, or no place for the adapter.
+        LayerProbeError: No gradients, nothing to learn from, or no place for the adapter.
     """
+    if torch.is_inference_mode_enabled():
+        raise LayerProbeError(
+            f"repair={settings.name!r} needs gradients, which torch.inference_mode() rules out; call it outside."
+        )
     if not settings.teacher and not predicts_next(original.model) and not all("labels" in row for row in batches):
         raise LayerProbeError(
             f"{type(original.model).__name__} does not predict next tokens, so without a teacher the batches need labels to "

@@ -50,18 +50,24 @@ class HeldOutLoss:
 
     Attributes:
         name: `"labels"`, `"next token"` or `"distance to the original"`.
+        shifts: Whether a label is predicted at the position before it.
     """
 
     def __init__(self, original: PreTrainedModel, batches: Sequence[Batch]):
         self.original = original
         self.batches = batches
+        self.shifts = predicts_next(original)
         if all("labels" in batch for batch in batches):
             self.name = LABELS
-            return
-        self.name = NEXT if predicts_next(original) else DISTANCE
+        else:
+            self.name = NEXT if self.shifts else DISTANCE
 
     def of(self, model: PreTrainedModel) -> float:
-        """Mean loss of a model."""
+        """Mean loss of a model.
+
+        Raises:
+            LayerProbeError: Nothing in the batches counts.
+        """
         total, count = 0.0, 0
         torch.clear_autocast_cache()  # under a caller's autocast, copies of weights that have changed since
         with evaluating(model, self.original), torch.no_grad():
@@ -69,7 +75,12 @@ class HeldOutLoss:
                 inputs = {name: value.to(model.device) for name, value in batch.items()}
                 loss, weight = self.sums(batch, model(**inputs), self.wanted(batch))
                 total, count = total + loss, count + weight
-        return total / max(count, 1)
+        if not count:
+            raise LayerProbeError(
+                f"Nothing that is held out counts for the loss ({self.name}): every label is {IGNORED}, or every row is padding or "
+                "one token. Pass data in which there is something to predict."
+            )
+        return total / count
 
     def wanted(self, batch: Batch) -> Any:
         """The original's output, where the loss is the distance from it; else None."""
@@ -86,7 +97,8 @@ class HeldOutLoss:
             wanted: The original's, for the distance.
         """
         if self.name == LABELS:
-            count = int((batch["labels"] != IGNORED).sum())
+            labels = batch["labels"][:, 1:] if self.shifts else batch["labels"]  # no model predicts its first token
+            count = int((labels != IGNORED).sum())
             return found.loss.item() * count if count else 0.0, count
         if self.name == NEXT:
             labels = next_tokens(batch).to(found.logits.device)

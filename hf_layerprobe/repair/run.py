@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from math import ceil
+from math import ceil, isnan
 from typing import Any
 
 import torch
@@ -60,18 +60,18 @@ def repair_model(
         layer gained.
 
     Raises:
-        LayerProbeError: An unknown repair, data that makes fewer than two batches, or layers that cannot be fitted.
+        LayerProbeError: An unknown repair, data that makes fewer than two batches or leaves nothing held out to predict, a
+            held-out loss that is NaN, or layers that cannot be fitted.
     """
     settings = repair_config(repair)
     if data is None:
         raise LayerProbeError("A repair is fitted to data: pass data= (and tokenizer= for texts).")
     before, after = resolve_stack(original, stack), resolve_stack(pruned, stack)
-    rows = list(
-        batches(
-            data, original, tokenizer, batch_size=settings.batch_size, max_length=settings.max_length,
-            max_tokens=settings.max_tokens,
-        )
+    read = batches(
+        data, original, tokenizer, batch_size=settings.batch_size, max_length=settings.max_length,
+        max_tokens=settings.max_tokens,
     )  # fmt: skip
+    rows = list(read)
     if len(rows) < 2:
         raise LayerProbeError(
             f"The data makes {len(rows)} batch of at most {settings.batch_size} sequences; a repair needs at least two, one "
@@ -82,9 +82,14 @@ def repair_model(
     fitted = [row for number, row in enumerate(rows) if number not in chosen]
     loss = HeldOutLoss(original, held_out)
     losses = {"original": loss.of(original), "pruned": loss.of(pruned)}
+    if undefined := [name for name, value in losses.items() if isnan(value)]:
+        raise LayerProbeError(
+            f"The held-out loss ({loss.name}) of the {' and of the '.join(undefined)} model is NaN, so no repair can be judged "
+            "by it. Run the models in float32 or bfloat16."
+        )
     report: dict[str, Any] = {}
     if all("input_ids" in row for row in rows):
-        report["data"] = {**used_text(rows, original), "max_length": settings.max_length}
+        report["data"] = {**used_text(rows, original), **read.choices}
     report |= {"method": settings.name, "settings": _recorded(settings), "loss": loss.name}
     plain = {name: tensor.clone() for name, tensor in after.layers.state_dict().items()}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..activations.data import check_positive
 from ..errors import LayerProbeError
 
 
@@ -66,6 +67,10 @@ class Finetune:
 
     name = "finetune"
 
+    def __post_init__(self):
+        if self.steps is not None:
+            check_positive(steps=self.steps)
+
 
 @dataclass(frozen=True)
 class Lora(Finetune):
@@ -84,6 +89,7 @@ class Lora(Finetune):
     name = "lora"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.closed_form and self.adapter_dir is not None:
             raise LayerProbeError(
                 "An adapter that is kept has to fit the pruned model as it is, and closed_form=True changes that model before "

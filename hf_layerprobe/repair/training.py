@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
@@ -61,7 +62,7 @@ def train(
 
     def run(module: nn.Module) -> None:
         """Trains what is not frozen in the model, or in the model with an adapter."""
-        with TemporaryDirectory() as temporary, _put_back(model), _without_autocast(device):
+        with TemporaryDirectory() as temporary, _put_back(model), _accelerate_put_back(), _without_autocast(device):
             arguments = _arguments(settings, len(batches), checkpoints or temporary, device)
             trainer = Healer(
                 module, arguments, train_dataset=list(batches), data_collator=lambda rows: dict(rows[0]),
@@ -69,7 +70,8 @@ def train(
             )  # fmt: skip
             last = None if checkpoints is None else get_last_checkpoint(checkpoints)
             try:
-                trainer.train(resume_from_checkpoint=last)
+                with torch.enable_grad():
+                    trainer.train(resume_from_checkpoint=last)
             finally:
                 trainer.unwatch()
 
@@ -136,7 +138,11 @@ def _beside(keep: Sequence[int], num_layers: int, number: int | None) -> list[in
 
 
 def _arguments(settings: Finetune, batches: int, output_dir: str | Path, device: torch.device) -> TrainingArguments:
-    steps = settings.steps or ceil(batches / settings.arguments.get("gradient_accumulation_steps", 1))
+    steps = (
+        settings.steps
+        if settings.steps is not None
+        else ceil(batches / settings.arguments.get("gradient_accumulation_steps", 1))
+    )
     return TrainingArguments(
         **{
             "output_dir": str(output_dir),
@@ -176,6 +182,20 @@ def _put_back(model: PreTrainedModel) -> Iterator[None]:
         vars(model).update(own)
         vars(model.config).pop("use_cache", None)
         vars(model.config).update(cache)
+
+
+@contextmanager
+def _accelerate_put_back() -> Iterator[None]:
+    """Within the context, a Trainer sets what all of accelerate's objects share: precision, gradient accumulation. Afterwards
+    those of the caller have their own again."""
+    shared = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(each) for each in shared]
+    try:
+        yield
+    finally:
+        for each, values in zip(shared, before, strict=True):
+            each.clear()
+            each.update(values)
 
 
 @contextmanager

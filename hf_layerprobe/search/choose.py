@@ -119,33 +119,38 @@ def _texts(data: Any, tokenizer, by: str) -> list[str]:
 
 def _batches(
     stack: LayerStack, texts: Iterable[str], tokenizer, options: dict[str, Any], most: int | None
-) -> list[Batch]:
+) -> tuple[list[Batch], dict[str, Any]]:
+    """Batches to measure sets on, and what a plan says of them."""
     reading = {name: value for name, value in options.items() if name not in (*SEARCH_OPTIONS, "max_tokens")}
     limit = options.get("max_tokens")
     if limit is not None:
         check_positive(max_tokens=limit)
     limit = min((each for each in (limit, most) if each is not None), default=None)
-    return list(batches(texts, stack.model, tokenizer, max_tokens=limit, **reading))
+    read = batches(texts, stack.model, tokenizer, max_tokens=limit, **reading)
+    rows = list(read)
+    return rows, {**used_text(rows, stack.model), **read.choices}
 
 
 def _search(
     stack: LayerStack, texts: Sequence[str], number: int, by: str, tokenizer, options: dict[str, Any]
 ) -> Choice:
     searching = {name: options[name] for name in SEARCH_OPTIONS if name in options}
-    rows = _batches(stack, texts, tokenizer, options, SEARCH_TOKENS)
+    rows, used = _batches(stack, texts, tokenizer, options, SEARCH_TOKENS)
     found = RULES[by](SetLosses(stack, rows, **searching), number, lambda removed: can_go(stack, removed))
-    return Choice(found.removed, by, path=found.path, data={"calibration": used_text(rows, stack.model)})
+    return Choice(found.removed, by, path=found.path, data={"calibration": used})
 
 
 def _auto(stack: LayerStack, data: Any, number: int, tokenizer, options: dict[str, Any]) -> Choice:
     """The choice with the lowest loss on texts that no choice was made from."""
-    texts = _texts(data, tokenizer, "auto")
+    texts = list(dict.fromkeys(_texts(data, tokenizer, "auto")))  # what is there twice may be in one half only
+    if len(texts) < 2:
+        raise LayerProbeError(f"{NEEDS.format(by='auto')} All that are not empty are the same.")
     check_causal(stack.model)
     calibration, held_out = texts[::2], texts[1::2]
     scoring = {name: value for name, value in options.items() if name not in SEARCH_OPTIONS}
     choices = _by_score(stack, calibration, number, tokenizer, scoring)
     searching = {name: options[name] for name in SEARCH_OPTIONS if name in options}
-    searched = _batches(stack, calibration, tokenizer, options, SEARCH_TOKENS)
+    searched, used_in_search = _batches(stack, calibration, tokenizer, options, SEARCH_TOKENS)
     losses = SetLosses(stack, searched, **searching)
 
     def admissible(removed: Sequence[int]) -> bool:
@@ -162,7 +167,7 @@ def _auto(stack: LayerStack, data: Any, number: int, tokenizer, options: dict[st
         losses.measure([choice.remove for choice in choices], desc="Plans")
         start = min((c.remove for c in choices if c.remove in losses.known), key=losses.known.get)
         choices.append(Choice(refine(losses, start, admissible), "swaps"))
-    rows = _batches(stack, held_out, tokenizer, options, None)
+    rows, used_held_out = _batches(stack, held_out, tokenizer, options, None)
     measured = SetLosses(stack, rows)
     held_out_loss = measured.measure([choice.remove for choice in choices], desc="Measuring plans")
     candidates = [
@@ -176,10 +181,7 @@ def _auto(stack: LayerStack, data: Any, number: int, tokenizer, options: dict[st
             "or bfloat16, or remove fewer layers."
         )
     scored = [choice.scores.data for choice in choices if choice.scores and choice.scores.data]
-    used = {
-        "calibration": scored[0] if scored else used_text(searched, stack.model),
-        "held_out": used_text(rows, stack.model),
-    }
+    used = {"calibration": scored[0] if scored else used_in_search, "held_out": used_held_out}
     return Choice(best.remove, "auto", best.note, best.scores, candidates, best.path, used)
 
 

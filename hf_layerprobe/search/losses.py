@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ class SetLosses:
         minutes: float | None = None,
         resume: str | Path | None = None,
     ):
-        if minutes is not None and not minutes > 0:
+        if minutes is not None and not (isinstance(minutes, Real) and minutes > 0):
             raise LayerProbeError(f"minutes is how long a search may take; got {minutes!r}.")
         check_causal(stack.model)
         self.stack = stack

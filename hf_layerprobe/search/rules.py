@@ -9,6 +9,7 @@ from math import inf, isfinite
 from typing import Any
 
 from ..errors import LayerProbeError, PruningError
+from ..stacks.admissible import least_worth
 from .losses import Removed, SetLosses
 
 # Beam: sets kept in each round. After the first, so many layers are tried with each, those that cost least when last tried.
@@ -26,7 +27,8 @@ class Found:
 
     Attributes:
         removed: The set of layers.
-        path: The best set of each smaller size that it met on its way, with its loss; empty for searches that meet none.
+        path: The best set of each size that it met on its way and that can go, with its loss; empty for searches that meet
+            none. Where none of a size can go, the size is left out.
     """
 
     removed: Removed
@@ -82,6 +84,10 @@ def beam(losses: SetLosses, number: int, admissible: Admissible, *, width: int =
             possible = (pair for pair in others if size < number or admissible(pair[0]))
             for candidate, layer in islice(possible, None if size == 1 else TRIED):
                 parents.setdefault(candidate, []).append((each, layer))
+        if not parents:  # none of these and one more layer can go; a set of what cost least can, or there is none
+            start, _ = least_worth(losses.stack, [cost[layer] for layer in range(total)], number)
+            best = refine(losses, tuple(start), admissible)
+            return Found(best, [*path, _entry(best, losses.known)])
         candidates = list(parents)
         found = losses.measure(candidates, desc=f"{size} of {number} layers")
         if len(found) < len(candidates):
@@ -89,17 +95,16 @@ def beam(losses: SetLosses, number: int, admissible: Admissible, *, width: int =
                 f"The time was up after {size - 1} of {number} layers were chosen. Give the search more minutes or fewer "
                 "tokens, or pass resume= to go on where it stopped."
             )
-        if not found:
-            raise _none(losses, number)
         added: dict[int, float] = {}
         for candidate, pairs in parents.items():
             for each, layer in pairs:
                 added[layer] = min(found[candidate] - losses.known[each], added.get(layer, inf))
         cost.update(added)
-        sets = sorted((each for each in found if isfinite(found[each])), key=found.get)[:width]
-        if not sets:
+        finite = sorted((each for each in found if isfinite(found[each])), key=found.get)
+        if not finite:
             raise _not_finite(losses, number)
-        path.append(_entry(sets[0], found))
+        sets = finite[:width]
+        path += [_entry(each, found) for each in islice(filter(admissible, finite), 1)]
     return Found(sets[0], path)
 
 
