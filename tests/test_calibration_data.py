@@ -70,6 +70,22 @@ def test_tokenised_rows_in_any_format(form):
     assert {name: value.tolist() for name, value in batch.items()} == rows
 
 
+@pytest.mark.parametrize("form", ["numpy", "pandas", "arrow", "torch"])
+def test_rows_of_text_in_any_format(form):
+    data = Dataset.from_dict({"passage": TEXTS, "number": [1, 2, 3]})
+    assert text_rows(data.with_format(form)) == text_rows(data.to_iterable_dataset().with_format(form)) == TEXTS
+    both = data.add_column("text", ["x"] * 3)
+    assert text_rows(both.with_format(form, columns=["passage"])) == TEXTS
+
+
+def test_what_a_transform_makes_of_the_rows():
+    data, tokenizer = Dataset.from_dict({"text": TEXTS}), tiny_tokenizer()
+    tokenised = data.with_transform(lambda rows: tokenizer(rows["text"]))
+    found, expected = (list(batches(each, tiny_model("llama"), tokenizer, pack=False)) for each in (tokenised, TEXTS))
+    assert [b["input_ids"].tolist() for b in found] == [b["input_ids"].tolist() for b in expected]
+    assert text_rows(data.with_transform(lambda rows: {"passage": rows["text"]})) == TEXTS
+
+
 @pytest.mark.parametrize("convert", [list, np.array, torch.tensor])
 def test_batches_of_anything_that_makes_a_tensor(convert):
     ids = [[1, 2, 3], [4, 5, 6]]

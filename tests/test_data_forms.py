@@ -10,6 +10,7 @@ import transformers as tf
 from datasets import Dataset, IterableDataset
 from PIL import Image
 from tiny import TEXT, redrawn, tiny_model, tiny_tokenizer
+from torch.utils.data import DataLoader
 
 from hf_layerprobe import LayerProbeError, PruningPlan, avss, find_stacks, plan_pruning, score_layers
 from hf_layerprobe.activations import batches
@@ -46,10 +47,13 @@ def image_processor(**options):
     [
         CHATS,
         Dataset.from_dict({"messages": CHATS, "source": ["a", "b"]}),
+        Dataset.from_dict({"messages": CHATS}).with_format("numpy"),
+        Dataset.from_dict({"messages": CHATS}).to_iterable_dataset().with_format("numpy"),
+        Dataset.from_dict({"messages": CHATS}).with_format("pandas"),
         IterableDataset.from_generator(lambda: iter({"messages": chat} for chat in CHATS)),
         [{"messages": chat} for chat in CHATS],
     ],
-    ids=["lists", "dataset", "stream", "rows"],
+    ids=["lists", "dataset", "numpy", "numpy stream", "pandas", "stream", "rows"],
 )
 def test_conversations_go_through_the_chat_template(data, processor):
     model, tokenizer = tiny_model("llama"), chat_tokenizer()
@@ -84,6 +88,22 @@ def test_images_from_a_data_set_and_from_rows():
     assert scores.data["sequences"] == 3 and scores.data["tokens"] == 3 * 17
     grey = [{"image": picture.convert("L")} for picture in pictures]
     assert avss(model.bfloat16(), grey, tokenizer=processor).data["tokens"] == 3 * 17
+
+
+def test_a_transform_that_leaves_pixels_alone():
+    model, processor = tiny_model("vit"), image_processor()
+    data = Dataset.from_dict({"img": [Image.fromarray(image) for image in IMAGES], "label": [0, 1, 1]})
+
+    def pixels(rows):
+        return {**processor(images=rows["img"], return_tensors="pt"), "label": rows["label"]}
+
+    with pytest.raises(LayerProbeError, match=r"columns \['pixel_values', 'label'\].* pass batches, .*DataLoader\("):
+        avss(model, data.with_transform(pixels), tokenizer=processor)
+    loader = DataLoader(data.with_transform(pixels), batch_size=4, collate_fn=tf.default_data_collator)
+    expected = avss(model, data, tokenizer=processor).values
+    np.testing.assert_allclose(avss(model, loader).values, expected, rtol=1e-5)
+    added = data.with_transform(lambda rows: {**rows, **pixels(rows)})  # the images are still there
+    np.testing.assert_allclose(avss(model, added, tokenizer=processor).values, expected, rtol=1e-5)
 
 
 def test_images_with_their_captions():

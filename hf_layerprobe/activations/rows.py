@@ -66,6 +66,9 @@ def examples(data: Any) -> Iterator[Any]:
         raise LayerProbeError(
             "data is a pandas DataFrame; pass a column of texts, or datasets.Dataset.from_pandas(data)."
         )
+    form = _format(data)
+    if form not in (None, "torch", "custom"):  # NumPy, Arrow and tables hold the same as Python's own values
+        data = _plain(data)
     try:
         rows = iter(data)
     except TypeError:
@@ -80,16 +83,32 @@ def examples(data: Any) -> Iterator[Any]:
         return _read(({kind: row} for row in rows), {kind: kind})
     if not isinstance(first, Mapping):
         return rows
-    features = data.features if isinstance(data, (Dataset, IterableDataset)) else None
+    transformed = form == "custom"  # its features are those of the columns before
+    features = data.features if isinstance(data, (Dataset, IterableDataset)) and not transformed else None
     if features:
-        kinds = {name: _kind_of_feature(feature) for name, feature in features.items()}
-    elif any(isinstance(value, torch.Tensor) and value.dim() > 1 for value in first.values()):
+        kinds = {name: _kind_of_feature(feature) for name, feature in features.items() if name in first}
+    elif not transformed and any(isinstance(value, torch.Tensor) and value.dim() > 1 for value in first.values()):
         return rows  # batches, whatever else a loader puts beside the tensors
     else:
         kinds = {name: _kind_of_value(value) for name, value in first.items()}
-    if "input_ids" in kinds or not (features or READABLE & set(kinds.values())):
+    if "input_ids" in kinds or not (features or transformed or READABLE & set(kinds.values())):
         return rows
     return _read(rows, kinds)
+
+
+def _format(data: Any) -> str | None:
+    """How a data set gives its rows: `with_format`'s type, `"custom"` for a transform."""
+    if isinstance(data, Dataset):
+        return data.format["type"]
+    formatting = getattr(data, "_formatting", None) if isinstance(data, IterableDataset) else None
+    return getattr(formatting, "format_type", None)  # a stream has no public name for it
+
+
+def _plain(data: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The same columns as Python's own values."""
+    if isinstance(data, IterableDataset):
+        return data.with_format(None)
+    return data.with_format(None, data.format["columns"], data.format["output_all_columns"])
 
 
 def _read(rows: Iterable[Mapping], kinds: dict[str, str | None]) -> Iterator[Any]:
@@ -111,7 +130,8 @@ def _require(found: bool, kinds: Mapping[str, Any]) -> None:
     if not found:
         raise LayerProbeError(
             f"The data set has columns {list(kinds)}; expected 'input_ids', 'messages', an image or audio column, 'text' or "
-            "exactly one string column. Select or rename one, for example dataset.rename_column('passage', 'text')."
+            "exactly one string column. Select or rename one, for example dataset.rename_column('passage', 'text'); of other model "
+            "inputs pass batches, for example DataLoader(dataset, batch_size=4, collate_fn=default_data_collator)."
         )
 
 
@@ -127,7 +147,8 @@ def _field(row: Any, index: int, column: str, kind: str) -> Any:
     if not isinstance(row, Mapping) or column not in row:
         found = f"it has {list(row)}" if isinstance(row, Mapping) else f"it is {type(row).__name__}"
     elif row[column] is None or (kind in ("text", "messages") and _kind_of_value(row[column]) != kind):
-        found = f"it is {type(row[column]).__name__}" + (" of none" if row[column] == [] else "")
+        empty = isinstance(row[column], list) and not row[column]
+        found = f"it is {type(row[column]).__name__}" + (" of none" if empty else "")
     else:
         return row[column]
     raise LayerProbeError(
