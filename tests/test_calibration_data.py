@@ -152,6 +152,27 @@ def test_no_sequence_is_longer_than_the_positions(pack):
     eavss(model, [{**pair, "prompt": "why? " * 30} for pair in PAIRS], tiny_tokenizer())
 
 
+@pytest.mark.parametrize("family, positions", [("gpt2", 64), ("opt", 64), ("bert", 512)])
+def test_batches_with_more_tokens_than_positions(family, positions):
+    ids = torch.full((2, positions + 6), 5)
+    with pytest.raises(
+        LayerProbeError, match=f"Batch 1 has sequences of {positions + 6} tokens, .* {positions} positions"
+    ):
+        avss(tiny_model(family), [{"input_ids": ids[:, :4]}, {"input_ids": ids}])
+
+
+def test_positions_that_are_no_limit():
+    """Rotary ones, and those that a batch brings along; other failures stay what they are."""
+    rotary = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, max_position_embeddings=8)).eval()
+    ids = torch.full((1, 70), 5)
+    assert avss(rotary, [{"input_ids": ids}]).data["tokens"] == 70
+    model = tiny_model("gpt2")
+    assert avss(model, [{"input_ids": ids, "position_ids": torch.arange(70)[None] % 35}]).data["tokens"] == 70
+    model.transformer.h[0].register_forward_pre_hook(lambda *_: [][0])
+    with pytest.raises(IndexError, match="list index"):
+        avss(model, [{"input_ids": ids[:, :4]}])
+
+
 def test_positions_behind_the_padding_index():
     config = tf.RobertaConfig(**TEXT, max_position_embeddings=40, pad_token_id=1)
     scores = avss(tf.RobertaForMaskedLM(config).eval(), ["a " * 100], tokenizer=tiny_tokenizer())

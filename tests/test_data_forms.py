@@ -106,6 +106,14 @@ def test_a_transform_that_leaves_pixels_alone():
     np.testing.assert_allclose(avss(model, added, tokenizer=processor).values, expected, rtol=1e-5)
 
 
+def test_rows_without_the_label_of_the_first():
+    labels = [{"image": image, "label": label} for image, label in zip(IMAGES, (1, 0, None), strict=True)]
+    with pytest.raises(LayerProbeError, match="Row 2 of the data has no label, and the first row has one"):
+        list(batches(labels, tiny_model("vit"), image_processor(), batch_size=2))
+    found = batches(labels[::-1], tiny_model("vit"), image_processor(), batch_size=2)
+    assert not any("labels" in batch for batch in found)
+
+
 def test_images_with_their_captions():
     config = tf.CLIPConfig(
         text_config=dict(TEXT, max_position_embeddings=16, eos_token_id=2),

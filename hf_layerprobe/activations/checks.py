@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import LayerProbeError
+from .data import longest
 from .moments import token_squares
 from .text import Batch
+
+POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|positions_embed|\w*position_embeddings?)$")
 
 
 class FiniteOutputs:
@@ -96,6 +103,34 @@ class Vocabulary:
                 f"{self._size - 1}: the tokenizer does not fit the model. Use the model's own tokenizer, or resize its "
                 "embeddings with model.resize_token_embeddings(len(tokenizer))."
             )
+
+
+@contextmanager
+def within_positions(model: nn.Module, batch: Batch, index: int) -> Iterator[None]:
+    """Within the context, a model that fails on more tokens than it has learned positions for says so.
+
+    That it fails is left to the model: it may be told other positions, or have a table that it does not use.
+
+    Raises:
+        LayerProbeError: Names the batch, its tokens and the model's positions.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        length = batch["input_ids"].shape[-1] if "input_ids" in batch else 0
+        positions = longest(model, length)
+        if isinstance(error, torch.OutOfMemoryError) or positions == length or not _learned(model, positions):
+            raise
+        raise LayerProbeError(
+            f"Batch {index} has sequences of {length} tokens, and {type(model).__name__} has {positions} positions. Cut them to "
+            f"that (truncation=True, max_length={positions} of a tokenizer), or pass texts or tokenised rows, which are cut here."
+        ) from error
+
+
+def _learned(model: nn.Module, positions: int) -> bool:
+    """Whether the model has a table with a vector for each position; some have a few rows before those."""
+    tables = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    return any(POSITIONS.search(name) and positions <= table.num_embeddings for name, table in tables)
 
 
 def _special_ids(config: PreTrainedConfig | None) -> set[int]:

@@ -30,6 +30,7 @@ def media_batches(
     """
     samples = iter(samples)
     first = next(samples)
+    labelled = first.label is not None
     prepare = _for_audio(model, processor) if first.audio else _for_images(model, processor)
     done = 0
 
@@ -42,7 +43,7 @@ def media_batches(
             raise LayerProbeError(
                 f"{type(processor).__name__} refuses rows {done} to {done + len(rows) - 1} of the data: {error}"
             ) from error
-        return _for_model(inputs, rows, model)
+        return _for_model(inputs, rows, model, first_row=done, labelled=labelled)
 
     apart = bool(first.audio) and _hears_padding(model, processor, batch_of([first]))
     for _, alike in groupby(chain([first], samples), lambda sample: len(sample.audio[0]) if apart else None):
@@ -126,7 +127,7 @@ def _texts(group: list[Sample], processor: Any) -> list[str] | None:
     return [sample.text for sample in group] if group[0].text is not None else None
 
 
-def _for_model(inputs: Any, group: list[Sample], model: nn.Module) -> Batch:
+def _for_model(inputs: Any, group: list[Sample], model: nn.Module, *, first_row: int, labelled: bool) -> Batch:
     parameters = inspect.signature(model.forward).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     batch = {
@@ -135,7 +136,13 @@ def _for_model(inputs: Any, group: list[Sample], model: nn.Module) -> Batch:
         if isinstance(value, torch.Tensor) and (name in parameters or anything)
     }
     classifies = "labels" in parameters and "labels" not in batch and "input_ids" not in batch
-    if classifies and group[0].label is not None and "decoder_input_ids" not in batch:
+    if classifies and labelled and "decoder_input_ids" not in batch:
+        for index, sample in enumerate(group, first_row):
+            if sample.label is None:
+                raise LayerProbeError(
+                    f"Row {index} of the data has no label, and the first row has one. Drop or complete such rows, or leave "
+                    "the labels out."
+                )
         batch["labels"] = torch.tensor([sample.label for sample in group])
     return batch
 

@@ -12,7 +12,7 @@ from ..errors import LayerProbeError
 from ..modes import evaluating
 from ..progress import progress
 from ..stacks import LayerStack
-from .checks import FiniteOutputs, Vocabulary
+from .checks import FiniteOutputs, Vocabulary, within_positions
 from .data import check_positive
 from .fingerprint import Fingerprint
 from .forward import one_logit, without_cache
@@ -58,9 +58,9 @@ def run_pass(
         inputs without padding, and the `choices` of [`batches`].
 
     Raises:
-        LayerProbeError: No data or padding alone, token ids that the model does not know, weights that are not in
-            memory, `max_tokens` that is no positive number, padding that cannot be told apart in what the layers see, or
-            outputs of layers that are not finite.
+        LayerProbeError: No data or padding alone, token ids that the model does not know, more tokens than it has
+            positions, weights that are not in memory, `max_tokens` that is no positive number, padding that cannot be told
+            apart in what the layers see, or outputs of layers that are not finite.
     """
     if max_tokens is not None:
         check_positive(max_tokens=max_tokens)
@@ -83,7 +83,8 @@ def run_pass(
             fingerprint.update(batch)
             vocabulary.check(batch, index)
             inputs = {name: value.to(model.device) for name, value in batch.items()}
-            model(**inputs, **fixed, **one_logit(model, inputs))
+            with within_positions(model, batch, index):
+                model(**inputs, **fixed, **one_logit(model, inputs))
             if own_runs:  # which nobody else may watch
                 stream.close()
                 for each in own_runs:
