@@ -75,6 +75,26 @@ def test_combined_in_a_trainer(tmp_path):
     assert all(isinstance(value, (int, float)) for value in found.values())
 
 
+def test_predictions_of_a_trainer(folder):
+    """NumPy arrays, and for what reads none of them also numbers."""
+    found = evaluate.load(metric_path("docs")).compute(predictions=np.array([3, 4]), model=folder)
+    assert found == evaluate.load(metric_path("docs")).compute(model=folder)
+    combined = evaluate.combine([evaluate.load(metric_path(name)) for name in ("docs", "perplexity")])
+    expected = evaluate.load(metric_path("perplexity")).compute(predictions=TEXTS, model=folder)
+    assert combined.compute(predictions=np.array(TEXTS), model=folder) == {**found, **expected}
+
+
+@pytest.mark.parametrize("name", ["avss", "perplexity"])
+def test_one_string_is_no_list_of_its_characters(name, folder):
+    module = evaluate.load(metric_path(name))
+    for text in (TEXTS[0], np.str_(TEXTS[0])):
+        with pytest.raises(LayerProbeError, match="Expected a list of texts, got one string"):
+            module.compute(predictions=text, model=folder)
+        with pytest.raises(LayerProbeError, match="got one string"):
+            module.add_batch(predictions=text)
+    assert module.compute(predictions=TEXTS[:1], model=folder)  # nothing of it was kept
+
+
 def test_what_cannot_be_computed(folder):
     with pytest.raises(LayerProbeError, match="no module 'acc' for evaluate; there are avss, docs, perplexity"):
         metric_path("acc")

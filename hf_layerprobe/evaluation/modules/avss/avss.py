@@ -4,6 +4,7 @@ import datasets
 import evaluate
 
 from hf_layerprobe import score_layers
+from hf_layerprobe.activations.data import text_rows
 from hf_layerprobe.loading import opened
 
 VARIANTS = ("relative", "published", "released")
@@ -26,6 +27,11 @@ class Avss(evaluate.Measurement):
         return evaluate.MeasurementInfo(
             description=DESCRIPTION, citation="arXiv:2411.02117", inputs_description=INPUTS, features=features
         )
+
+    def add_batch(self, *, predictions=None, **inputs):
+        """Refuses one string, which the library takes for a list of its characters."""
+        text_rows(predictions)
+        super().add_batch(predictions=predictions, **inputs)
 
     def _compute(self, predictions, model=None, tokenizer=None):
         model, tokenizer = opened(model, tokenizer)

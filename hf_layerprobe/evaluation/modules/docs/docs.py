@@ -26,8 +26,8 @@ class Docs(evaluate.Measurement):
         )
 
     def compute(self, *, predictions=None, references=None, **kwargs):
-        """Computes from the model; the library cannot compute from no input at all."""
-        return super().compute(predictions=predictions or [""], references=references, **kwargs)
+        """Computes from the model alone, whatever the predictions are; the library cannot compute from no input at all."""
+        return super().compute(predictions=[""], references=references, **kwargs)
 
     def _compute(self, predictions, model=None, tokenizer=None):
         if model is None:
