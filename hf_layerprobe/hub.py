@@ -84,10 +84,15 @@ def push_model(
         dry_run: Make the checks, send nothing, and return what would be sent.
 
     Raises:
-        LayerProbeError: The folder holds no model.
+        LayerProbeError: The folder holds no model, or is none.
         HubError: No or a wrong token, no permission to write, a repository that holds another model, an invalid model
             card, no connection, or a repository that was changed meanwhile.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise LayerProbeError(
+            f"folder is a {type(folder).__name__}; expected the folder of a saved model. Save it first "
+            "(model.save_pretrained(folder), or prune_layers(..., output_dir=folder)), and push that folder."
+        )
     folder = Path(folder)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: path for name, path in files.items() if not any(part.startswith(".") for part in Path(name).parts)}

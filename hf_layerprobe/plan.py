@@ -297,7 +297,13 @@ def _plan_one(
 
 
 def to_carry_out(plan: Any, *, token: str | bool | None = None) -> PruningPlan:
-    """A plan that is given as such, or by its file, folder or Hub id, without the record of what was repaired after it.
+    """A plan as [`opened_plan`] gives it, without the record of what was repaired after it."""
+    parts = [replace(part, repair={}) for part in opened_plan(plan, token=token).parts]
+    return replace(parts[0], also=tuple(parts[1:]))
+
+
+def opened_plan(plan: Any, *, token: str | bool | None = None) -> PruningPlan:
+    """A plan that is given as such, or by its file, folder or Hub id.
 
     Raises:
         PruningError: Something else.
@@ -310,8 +316,7 @@ def to_carry_out(plan: Any, *, token: str | bool | None = None) -> PruningPlan:
             f"plan is a {type(plan).__name__}; expected a PruningPlan, or the file, folder or Hub id of one. To name layers, write "
             "remove=[...] or keep=[...]."
         )
-    parts = [replace(part, repair={}) for part in plan.parts]
-    return replace(parts[0], also=tuple(parts[1:]))
+    return plan
 
 
 def refuse_options(options: Mapping[str, Any], why: str) -> None:

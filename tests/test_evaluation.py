@@ -1,6 +1,7 @@
 """Perplexity and bits per byte against a token-by-token transcription."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +117,10 @@ def test_evaluating_on_the_texts_of_a_repair_is_said(monkeypatch, tmp_path):
     assert said == []
     evaluate_model(pruned, texts, tokenizer=tokenizer, plan=plan)
     assert len(said) == 1 and "the plan's own repair data" in said[0]
+    evaluate_model(pruned, texts, tokenizer=tokenizer, plan=tmp_path / "smaller")
+    assert said[1:] == said[:1]
+    with pytest.raises(LayerProbeError, match="plan is a dict; expected a PruningPlan"):
+        evaluate_model(pruned, texts, tokenizer=tokenizer, plan={"remove": [1]})
 
 
 def test_a_data_set_of_texts():
@@ -166,6 +171,24 @@ def test_a_model_that_sees_the_next_token_has_no_perplexity():
 def test_unusable_input(model, data, tokenizer, message):
     with pytest.raises(LayerProbeError, match=message):
         evaluate_model(tiny_model(model), data, tokenizer=tokenizer)
+
+
+def test_what_is_no_model():
+    model = tiny_model("llama")
+    comparison = evaluate_model(model, TEXTS[:1], tokenizer=Bytes())
+    for given, baseline, message in [
+        ("folder", None, r"model is a str; expected a loaded model\. Load it first, .*from_pretrained\('folder'\)"),
+        (None, None, "model is a NoneType; expected a loaded model"),
+        (comparison.after, model, "model is a Evaluation; expected a loaded model"),
+        (model, Path("folder"), "baseline is a .*Path; expected a loaded model or Evaluation. Load it first"),
+        (
+            model,
+            comparison,
+            "baseline is a Comparison; expected a loaded model or Evaluation. Pass baseline=comparison.after",
+        ),
+    ]:
+        with pytest.raises(LayerProbeError, match=message):
+            evaluate_model(given, TEXTS, tokenizer=Bytes(), baseline=baseline)
 
 
 def test_smollm2_predicts_english(smollm2, smollm2_tokenizer, english):

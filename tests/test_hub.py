@@ -367,6 +367,11 @@ def test_a_folder_without_a_model(hub, tmp_path):
         push_model(tmp_path, "ada/small", token=TOKEN)
 
 
+def test_a_model_instead_of_its_folder():
+    with pytest.raises(LayerProbeError, match=r"folder is a LlamaForCausalLM; .*model.save_pretrained\(folder\)"):
+        push_model(tiny_model("llama"), "ada/small")
+
+
 def test_hidden_files_stay_at_home(hub, pruned, tmp_path):
     folder = tmp_path / "folder"
     for name, data in (contents(pruned) | {".env": b"secret", ".cache/x": b"x"}).items():

@@ -138,6 +138,28 @@ def test_a_known_baseline_is_not_measured_again(models):
         evaluate_choices(pruned, ROWS[:20], baseline=known, **options)
 
 
+def test_what_is_no_model(models):
+    model, options = models[0], dict(tokenizer=tiny_tokenizer())
+    comparison = evaluate_choices(model, ROWS[:2], **options, **COLUMNS)
+    with pytest.raises(
+        LayerProbeError, match="baseline is a TaskComparison; .* or TaskResult. Pass baseline=comparison.after"
+    ):
+        evaluate_choices(model, ROWS, baseline=comparison, **options, **COLUMNS)
+    speed = measure_speed(model, prompt_tokens=4, new_tokens=1, repeats=1)
+    with pytest.raises(
+        LayerProbeError, match=r"baseline is a SpeedComparison; expected a loaded model\. Pass baseline= the"
+    ):
+        measure_speed(model, baseline=speed)
+    for refused in (
+        lambda: evaluate_choices("folder", ROWS, **options, **COLUMNS),
+        lambda: evaluate_tasks("folder", HARNESS, **options),
+        lambda: evaluate_metric("folder", Dataset.from_list(ROWS), task="text-classification", metric="accuracy"),
+        lambda: measure_speed("folder", baseline=model),
+    ):
+        with pytest.raises(LayerProbeError, match="model is a str; expected a loaded model"):
+            refused()
+
+
 def test_a_long_prompt_is_cut_on_the_left(models):
     row = {"goal": "x" * 50 + "what is it", "options": [" a", " b"], "label": 0}
     model, tokenizer = models[0], tiny_tokenizer()

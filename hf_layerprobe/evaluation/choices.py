@@ -18,6 +18,7 @@ from ..errors import LayerProbeError
 from ..scores.loss import check_causal
 from .answers import TaskComparison, TaskResult
 from .likelihood import Request, first_token, losses
+from .models import to_measure
 
 Row = Mapping[str, Any]
 
@@ -69,7 +70,7 @@ def evaluate_choices(
     if tokenizer is None:
         raise LayerProbeError("evaluate_choices measures on text, so it needs tokenizer=.")
     check_positive(max_length=max_length, batch_size=batch_size)
-    models = [model] if baseline is None or isinstance(baseline, TaskResult) else [model, baseline]
+    models = to_measure(model, baseline, TaskResult)
     max_length = min(longest(each, max_length) for each in models)
     items = [_item(row, number, prompt, choices, answer) for number, row in enumerate(_rows(data))]
     if not items:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..activations.data import check_positive, longest, text_rows
 from ..activations.text import token_ids
 from ..errors import LayerProbeError
-from ..plan import PruningPlan
+from ..plan import PruningPlan, opened_plan
 from ..scores.loss import check_causal
 from .intervals import Interval, interval, resampled_ratio
 from .likelihood import Request, first_token, losses
+from .models import to_measure
 from .overlap import warn_if_seen
 
 
@@ -115,7 +117,7 @@ def evaluate_model(
     *,
     tokenizer: PreTrainedTokenizerBase,
     baseline: PreTrainedModel | Evaluation | None = None,
-    plan: PruningPlan | None = None,
+    plan: PruningPlan | str | Path | None = None,
     max_length: int = 512,
     batch_size: int = 4,
 ) -> Comparison:
@@ -130,7 +132,8 @@ def evaluate_model(
         data: Texts, or a `datasets.Dataset` with a text column.
         tokenizer: The tokenizer of the model, and of the baseline.
         baseline: The model before pruning, or its evaluation on the same data (`Comparison.after`).
-        plan: The plan that the model was pruned by: warns if its calibration, held-out or repair data are these texts.
+        plan: The plan that the model was pruned by, or the file, folder or Hub id of one: warns if its calibration, held-out
+            or repair data are these texts.
         max_length: Tokens a window; no more than the positions that the model has (by its config).
         batch_size: Windows a batch.
 
@@ -138,13 +141,13 @@ def evaluate_model(
         The evaluation of the model as `.after`, of the baseline as `.before`.
 
     Raises:
-        LayerProbeError: No text, no tokenizer, a size that is not positive, a baseline's evaluation on other text or windows, or
-            a model that does not predict the next token.
+        LayerProbeError: No text, no tokenizer, a size that is not positive, a baseline's evaluation on other text or windows, a
+            model that is not loaded or does not predict the next token, or no plan where one is named.
     """
     if tokenizer is None:
         raise LayerProbeError("evaluate_model measures on text, so it needs tokenizer=.")
     check_positive(max_length=max_length, batch_size=batch_size)
-    models = [model] if baseline is None or isinstance(baseline, Evaluation) else [model, baseline]
+    models = to_measure(model, baseline, Evaluation)
     max_length = min(longest(each, max_length) for each in models)
     texts = [text for text in text_rows(data) if text]
     windows = [(owner, window) for owner, text in enumerate(texts) for window in _windows(text, tokenizer, max_length)]
@@ -153,7 +156,7 @@ def evaluate_model(
     for each in models:
         check_causal(each)
     if plan is not None:
-        warn_if_seen(texts, plan, model, tokenizer)
+        warn_if_seen(texts, opened_plan(plan), model, tokenizer)
     before = None
     about = hashlib.sha256(json.dumps(windows).encode()).hexdigest()
     if isinstance(baseline, Evaluation):

@@ -13,6 +13,7 @@ from ..modes import evaluating
 from ..progress import progress
 from .answers import TaskComparison, TaskResult
 from .intervals import interval, resamples
+from .models import to_measure
 
 # Each sample computes the metric anew.
 METRIC_SAMPLES = 200
@@ -48,13 +49,14 @@ def evaluate_metric(
     """
     import evaluate
 
+    models = to_measure(model, baseline)
     try:
         runner = evaluate.evaluator(task)
         module = evaluate.load(metric) if isinstance(metric, str) else metric
     except (ImportError, KeyError, FileNotFoundError, ConnectionError) as error:
         raise LayerProbeError(f"evaluate cannot take task {task!r} and metric {metric!r}: {error}") from error
     found = []
-    for each in (model,) if baseline is None else (model, baseline):
+    for each in models:
         device = each.device.index if each.device.type != "cpu" else -1
         recorder = _Recorder(module)
         with evaluating(each):

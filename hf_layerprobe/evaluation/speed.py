@@ -14,6 +14,7 @@ from ..activations.data import check_positive, longest
 from ..errors import LayerProbeError
 from ..modes import evaluating
 from ..progress import progress
+from .models import to_measure
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def measure_speed(
             positions.
     """
     check_positive(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, repeats=repeats)
-    models = [model] if baseline is None else [model, baseline]
+    models = to_measure(model, baseline)
     for each in models:
         if each.main_input_name != "input_ids":
             raise LayerProbeError(f"{type(each).__name__} reads {each.main_input_name}; speed is measured on tokens.")

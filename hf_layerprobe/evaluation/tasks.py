@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import LayerProbeError
 from ..modes import evaluating
 from .answers import TaskComparison, TaskResult
+from .models import to_measure
 
 Task = str | dict[str, Any]
 
@@ -48,6 +49,7 @@ def evaluate_tasks(
     Raises:
         LayerProbeError: The harness is not installed, or a task is unknown to it or cannot be loaded.
     """
+    models = to_measure(model, baseline)
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -70,7 +72,7 @@ def evaluate_tasks(
             "names; include_path= adds a folder of your own."
         ) from error
     found = []
-    for each in (model,) if baseline is None else (model, baseline):
+    for each in models:
         with evaluating(each):
             lm = HFLM(pretrained=each, tokenizer=tokenizer, batch_size=batch_size)
             found.append(
