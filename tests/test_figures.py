@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 from tiny import tiny_model
 
 from hf_layerprobe import LayerProbeError, LayerScores, SimilarityMatrix, docs
-from hf_layerprobe.report import depth_plot, figures, heat_map, overview
+from hf_layerprobe.report import depth_plot, difference_plot, figures, heat_map, loss_curve, overview
 from hf_layerprobe.report.figures import _draw_map, _draw_scores, _highest, _off_diagonal
+from hf_layerprobe.scores.combined import combined
+from hf_layerprobe.scores.registry import SCORES
+from hf_layerprobe.search import Curve
 
 
 def scores(name="influence", values=(3.0, 1.0, 2.0, 4.0), higher=True, source="a paper"):
@@ -125,3 +129,46 @@ def test_differences_are_drawn_around_zero(index, monkeypatch, tmp_path):
     (low, high), *_ = limits(one - one, monkeypatch, tmp_path)
     assert high == -low
     assert "chance" in limits(one + one, monkeypatch, tmp_path)[1] or index != "docs"
+
+
+def answers(path):
+    """Of a large model, on many pairs."""
+    found = scores("eavss", np.arange(1.0, 101), source="our own definition, after EAVSS, arXiv 2411.10069")
+    found.data = {"pairs": 10_000, "confidence": 0.95}
+    found.details = {name: found.values for name in ("variance_difference", "low", "high")}
+    found.details["covers_zero"] = np.zeros(100)
+    return difference_plot(found, path)
+
+
+def every_score(path):
+    """Under the source that each has, under that of a variation, and two of them combined."""
+    sources = [(name, score.source) for name, score in SCORES.items()]
+    sources += [(name, f"our own definition, after {source}") for name, source in sources if "our own" not in source]
+    parts = (scores(name, source=SCORES[name].source) for name in ("docs", "avss-relative"))
+    return depth_plot([*(scores(name, source=source) for name, source in sources), combined(*parts)], path)
+
+
+def losses(path):
+    """Of a hundred layers, every number of two digits before the point."""
+    curve = Curve(tuple(range(101)), (*np.linspace(10, 10.5, 61), *np.linspace(11, 90, 40)), ((),) * 101)
+    assert curve.knee >= 10
+    return loss_curve(curve, path)
+
+
+def kinds(path):
+    return heat_map(docs(tiny_model("llama")), "down", path)
+
+
+@pytest.mark.parametrize("draw", [answers, every_score, losses, kinds])
+def test_no_title_is_cut(draw, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "_write", lambda figure, path: drawn.append(figure))
+    draw(tmp_path / "figure.png")
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    titles = {axes.get_title(loc) for axes in figure.axes for loc in ("left", "center")} - {""}
+    texts = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text() in titles)
+    assert titles and {text.get_text() for text in texts} == titles
+    for text in texts:
+        place = text.get_window_extent()
+        assert min(place.x0, place.y0) >= 0 and place.x1 <= figure.bbox.x1 and place.y1 <= figure.bbox.y1, text

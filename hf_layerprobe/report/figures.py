@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,7 +86,8 @@ def depth_plot(scores: Sequence[LayerScores], path: str | Path) -> Path:
     panels = figure.subplots(len(scores), 1, sharex=True, squeeze=False)[:, 0]
     for axes, score in zip(panels, scores, strict=True):
         _draw_scores(axes, score)
-        axes.set_title(f"{score.name}  —  {score.source}", loc="left", fontsize=10)
+        # Most fit on one line; a combination names the sources of all that it is made of.
+        axes.set_title(textwrap.fill(f"{score.name}  —  {score.source}", 90), loc="left", fontsize=10)
     panels[-1].set_xlabel("layer")
     _legend(figure)
     return _write(figure, path)
@@ -118,7 +120,7 @@ def difference_plot(scores: LayerScores, path: str | Path) -> Path:
     top.set_yscale("symlog", linthresh=float(np.median(np.abs(difference))) or 1)
     bottom.set_yscale("log")
     top.set_title(
-        f"Variance of the update, hallucinated − factual ({scores.data['pairs']} pairs, {scores.data['confidence']:.0%} "
+        f"Variance of the update, hallucinated − factual\n({scores.data['pairs']} pairs, {scores.data['confidence']:.0%} "
         f"interval excludes zero for {(~covers).sum()} of {len(scores)} layers)",
         loc="left", fontsize=10,
     )  # fmt: skip
@@ -152,7 +154,7 @@ def loss_curve(curve: Curve, path: str | Path) -> Path:
         curve.knee, curve.losses[at], marker="o", markersize=11, markerfacecolor="none", markeredgewidth=2, color=ORANGE
     )
     axes.set_title(
-        f"Knee at {curve.knee} of {curve.numbers[-1]} layers measured: {curve.losses[at]:.3f} nats a token, "
+        f"Knee at {curve.knee} of {curve.numbers[-1]} layers measured:\n{curve.losses[at]:.3f} nats a token, "
         f"{curve.losses[0]:.3f} with all layers",
         loc="left", fontsize=10,
     )  # fmt: skip
