@@ -31,8 +31,14 @@ HEADS = {
     "regression": lambda: tf.BertForSequenceClassification(tf.BertConfig(**TEXT, problem_type="regression")),
     "image classification": lambda: tf.ViTForImageClassification(tf.ViTConfig(**IMAGES, num_labels=7)),
     "connectionist temporal classification": lambda: tf.Wav2Vec2ForCTC(tf.Wav2Vec2Config(**SPEECH)),
+    "classification of what stands at the end": lambda: tf.BartForSequenceClassification(
+        tf.BartConfig(
+            d_model=32, encoder_layers=4, decoder_layers=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+            encoder_attention_heads=4, decoder_attention_heads=4, vocab_size=64, max_position_embeddings=64,
+        )
+    ),
     "no head": lambda: tf.GPTNeoXModel(tf.GPTNeoXConfig(**TEXT)),
-}
+}  # fmt: skip
 
 
 def saved_and_loaded(model, folder, **options):

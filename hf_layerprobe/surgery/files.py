@@ -35,20 +35,12 @@ from .generation import renumbered
 
 # Of what lies beside the weights, what describes them, and other formats of the same weights.
 NOT_COPIED = (
-    "config.json",
-    "README.md",
-    "*.safetensors",
-    "*.index.json",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.h5",
-    "*.msgpack",
-)
+    "config.json", "README.md", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf",
+    "*.onnx", "*.ot", "pruning_plan.json", "adapter_*", "trainer_state.json",
+)  # fmt: skip
 # Quantisation settings beside the config, which name modules too.
 QUANTISATION_FILES = ("quantize_config.json", "hf_quant_config.json")
 MODULES_FILE = "modules.json"
-NOT_COPIED += ("*.gguf", "*.onnx", "*.ot", "pruning_plan.json", "adapter_*", "trainer_state.json")
 
 
 def prune_checkpoint(
@@ -134,6 +126,9 @@ def prune_checkpoint(
         plan = _signed(plan, stacks, read)
 
     with new_folder(output_dir) as folder:
+        _copy_others(name, folder, token)  # before the tensors: what these files name may be refused
+        for file in QUANTISATION_FILES:
+            _change(folder / file, lambda values: _renumbered(values, of_modules, model))
         _copy_tensors(shards, folder, renaming)
         new_config = edit.model.config
         new_config.architectures = config.architectures
@@ -141,10 +136,7 @@ def prune_checkpoint(
         if settings is not None:
             new_config.quantization_config = settings
         new_config.save_pretrained(folder)
-        _copy_others(name, folder, token)
         _change(folder / GENERATION_CONFIG_NAME, lambda values: renumbered(values, model, edit.kept))
-        for file in QUANTISATION_FILES:
-            _change(folder / file, lambda values: _renumbered(values, of_modules, model))
         plan.save(folder)
 
         from ..report import write_card  # the last room: it stands behind this one

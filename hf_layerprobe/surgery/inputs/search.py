@@ -111,6 +111,11 @@ def _candidates(model: PreTrainedModel, tried: list[str]) -> Iterator[Inputs]:
             width = Sizes(config, "text").get("hidden_size", "d_model", "n_embd", default=64)
             embeds = torch.rand((BATCH, TOKENS, width), generator=random) - 0.5
             yield from complete({"inputs_embeds": embeds, **{k: v for k, v in text.items() if k != "input_ids"}})
+        if (end := Sizes(config, "text").get("eos_token_id")) is not None:
+            # BART and T5 classify a sequence by what stands at its end.
+            ids = text["input_ids"].clone()
+            ids[:, -1] = end
+            yield from complete({**text, "input_ids": ids})
     elif text is not None:
         fitting: dict[str, list] = {}
         for modality, found in forms.items():
