@@ -323,8 +323,9 @@ def test_line_separators_inside_a_row(model, tmp_path):
     run("eval", model, "--text", file)
 
 
-def test_eval_says_when_the_plan_has_seen_the_text(model, text, tmp_path, caplog):
-    run("prune", model, "--by", "influence", "--num-layers", 1, "--text", text, "--output", tmp_path / "smaller")
+@pytest.mark.parametrize("by", ["influence", "auto"])
+def test_eval_says_when_the_plan_has_seen_the_text(by, model, text, tmp_path, caplog):
+    run("prune", model, "--by", by, "--num-layers", 1, "--text", text, "--output", tmp_path / "smaller")
     run("eval", tmp_path / "smaller", "--text", text)
     assert "These texts are the plan's own calibration data" in caplog.text
 
