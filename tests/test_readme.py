@@ -12,7 +12,7 @@ from tiny import tiny_folder, tiny_model, tiny_tokenizer
 from hf_layerprobe import plan_pruning, prune_layers
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
-TEXTS = ["the quick brown fox jumps over the lazy dog"] * 8
+TEXTS = [f"the quick brown fox jumps over the lazy dog {i} times" for i in range(8)]
 
 
 @pytest.fixture
