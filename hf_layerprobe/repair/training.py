@@ -138,11 +138,7 @@ def _beside(keep: Sequence[int], num_layers: int, number: int | None) -> list[in
 
 
 def _arguments(settings: Finetune, batches: int, output_dir: str | Path, device: torch.device) -> TrainingArguments:
-    steps = (
-        settings.steps
-        if settings.steps is not None
-        else ceil(batches / settings.arguments.get("gradient_accumulation_steps", 1))
-    )
+    steps = settings.steps or ceil(batches / settings.arguments.get("gradient_accumulation_steps", 1))
     return TrainingArguments(
         **{
             "output_dir": str(output_dir),
