@@ -200,6 +200,19 @@ def test_a_decoder_reads_the_labels(kind, family):
     assert all(any(torch.equal(ids, each) for each in expected) for ids in read)
 
 
+def test_a_decoder_learns_the_labels_beside_the_teacher():
+    """By which it is judged."""
+    model = tiny_model("t5")
+    data = [{**batch, "labels": torch.full_like(batch["input_ids"][:, :6], 7)} for batch in text_batches(12)]
+    found = []
+    for weight in (0.0, 5.0):
+        pruned = prune_layers(model, remove=[1], stack="decoder.block")
+        settings = Finetune(**healing(closed_form=False, text_weight=weight, steps=12))
+        report = repair_model(pruned, model, [0, 2, 3, 4], data, repair=settings, stack="decoder.block")
+        found.append(report["held_out_loss"]["trained"])
+    assert report["loss"] == "labels" and found[1] < 0.9 * found[0]
+
+
 M2M = dict(
     d_model=32, encoder_layers=4, decoder_layers=4, encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_attention_heads=4,
     decoder_attention_heads=4, vocab_size=64, max_position_embeddings=64,

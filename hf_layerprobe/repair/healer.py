@@ -105,6 +105,8 @@ class Healer(Trainer):
         if self.settings.text_weight and self.causal:
             labels = next_tokens(inputs) if labels is None else labels[:, 1:]
             learnt = pad(labels, (0, 1), value=IGNORED)
+        elif self.settings.text_weight and self.teacher.config.is_encoder_decoder and labels is not None:
+            learnt = labels if labels.shape == found.shape[:-1] else None  # what the decoder says at their places
         return distillation_loss(found, wanted, mask, learnt, self.settings.text_weight)
 
     def _relative_error(self, wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:

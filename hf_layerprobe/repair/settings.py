@@ -35,8 +35,8 @@ class Finetune:
         closed_form: Start from the closed-form repair of the same data; left out where the layers do not allow it.
         teacher: Learn from the untouched model's logits and hidden states; False learns from the batches' own labels, or
             the next tokens.
-        text_weight: Weight of the text itself beside the logits (the next-token loss of the batches' labels, or of every
-            token where they have none); of causal language models with a teacher only.
+        text_weight: Weight of the text itself beside the logits: the loss of the batches' labels, or of every next token of a
+            causal language model where they have none. With a teacher only, and for models that generate text.
         hidden_weight: Weight of the hidden states beside the logits (relative squared error after each layer that stands in
             for removed ones); with a teacher only.
         steps: Steps of the optimizer; one pass over the data by default.
